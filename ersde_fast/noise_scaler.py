@@ -1,0 +1,120 @@
+"""Noise scalers phi: each picks one member of the family of extended reverse-time SDEs (arXiv 2309.06169, appendix A.8).
+
+The plan needs only ratios of phi, and differences of two logarithms would cost it digits on short steps. So a scaler is
+one function, the growth of log(phi(l) / l) over a log-distance, in a form without cancellation.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseScaler:
+    """One noise scaler.
+
+    Attributes:
+        name: as the user wrote it, for messages.
+        log_growth: `(er_lambda, distance)`, float64 tensors that broadcast, to log(phi(l) / l) at
+            `l = er_lambda * exp(distance)` less its value at `l = er_lambda`; `distance >= 0`, and inf gives the limit.
+        at_infinity: whether phi(l) / l has a limit (infinity counts) that a flow schedule may start from.
+    """
+
+    name: str
+    log_growth: Callable[[Tensor, Tensor], Tensor]
+    at_infinity: bool = True
+
+
+def reverse_time_sde(eta: float) -> NoiseScaler:
+    """phi(l) = l^(eta + 1): 0 is the probability-flow ODE, 1 the usual reverse-time SDE.
+
+    Args:
+        eta: at least 0 and finite.
+    """
+    if not (isinstance(eta, (int, float)) and math.isfinite(eta) and eta >= 0):
+        raise ValueError(f"eta must be a finite number of at least 0, got {eta!r}")
+    if eta == 0:
+        return NoiseScaler("reverse_time_sde(0)", lambda l, y: torch.zeros_like(l * torch.ones_like(y)))
+    return NoiseScaler(f"reverse_time_sde({eta:g})", lambda l, y: eta * y.expand(torch.broadcast_shapes(l.shape, y.shape)))
+
+
+def _sde_1(l: Tensor, y: Tensor) -> Tensor:
+    """phi = l (exp(-1 / l) + 10)."""
+    inverse = 1 / l
+    return torch.log1p(
+        -torch.exp(-inverse * torch.exp(-y)) * torch.expm1(inverse * torch.expm1(-y)) / (torch.exp(-inverse) + 10)
+    )
+
+
+def _sde_4(l: Tensor, y: Tensor) -> Tensor:
+    """phi = l^0.9 log10(1 + 100 l^1.5)."""
+    v = 100 * l**1.5
+    log_v = torch.log1p(v)
+    return torch.log1p(torch.log1p(v / (1 + v) * torch.expm1(1.5 * y)) / log_v) - 0.1 * y
+
+
+def _sde_5(l: Tensor, y: Tensor) -> Tensor:
+    """phi = l (exp(l^0.3) + 10)."""
+    power = l**0.3
+    growth = power * torch.expm1(0.3 * y)
+    near = torch.log1p(torch.expm1(growth.clamp(max=1)) / (1 + 10 * torch.exp(-power)))
+    far = growth + torch.log1p(10 * torch.exp(-power - growth)) - torch.log1p(10 * torch.exp(-power))
+    return torch.where(growth < 1, near, far)
+
+
+NOISE_SCALERS = {
+    "ode": reverse_time_sde(0),
+    "sde": reverse_time_sde(1),
+    "sde_1": NoiseScaler("sde_1", _sde_1),
+    "sde_2": reverse_time_sde(0.5),
+    "sde_3": reverse_time_sde(1.5),
+    "sde_4": NoiseScaler("sde_4", _sde_4, at_infinity=False),
+    "sde_5": NoiseScaler("sde_5", _sde_5),
+}
+
+
+def get_noise_scaler(noise_scaler: str | NoiseScaler | Callable[[Tensor], Tensor]) -> NoiseScaler:
+    """The scaler of a name ("sde_5", "reverse_time_sde(0.5)"), of a callable phi, or the scaler itself."""
+    if isinstance(noise_scaler, NoiseScaler):
+        return noise_scaler
+    if isinstance(noise_scaler, str):
+        if noise_scaler in NOISE_SCALERS:
+            return NOISE_SCALERS[noise_scaler]
+        if match := re.fullmatch(r"reverse_time_sde\(([0-9.eE+-]+)\)", noise_scaler):
+            return reverse_time_sde(float(match[1]))
+        names = ", ".join([*NOISE_SCALERS, "reverse_time_sde(eta)"])
+        raise ValueError(f"noise_scaler must be one of {names} or a callable, got {noise_scaler!r}")
+    if callable(noise_scaler):
+        return _from_callable(noise_scaler)
+    raise TypeError(f"noise_scaler must be a name or a callable, got {type(noise_scaler).__name__}")
+
+
+def _from_callable(phi: Callable[[Tensor], Tensor]) -> NoiseScaler:
+    """A scaler from the user's phi, checked wherever it is evaluated."""
+    name = getattr(phi, "__name__", type(phi).__name__)
+
+    def evaluate(l: Tensor) -> Tensor:
+        value = phi(l.clone())
+        if not isinstance(value, Tensor) or value.shape != l.shape:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"noise_scaler {name} must map a tensor elementwise: given shape {tuple(l.shape)} it returned {what}"
+            )
+        value = value.to(l)
+        bad = ~(torch.isfinite(value) & (value > 0))
+        if bad.any():
+            where = int(bad.flatten().nonzero()[0])
+            raise ValueError(
+                f"noise_scaler {name} must be positive and finite, "
+                f"got {value.flatten()[where].item():g} at er_lambda {l.flatten()[where].item():g}"
+            )
+        return value
+
+    def log_growth(l: Tensor, y: Tensor) -> Tensor:
+        return torch.log(evaluate(l * torch.exp(y)) / evaluate(l)) - y
+
+    return NoiseScaler(name, log_growth, at_infinity=False)

@@ -1,0 +1,371 @@
+"""The plan of a sampling run: every weight of every step, from the schedule alone, in float64, before the run starts.
+
+With `er_lambda = sigma / alpha`, s the current time, t the next and phi the noise scaler, one step of an ER-SDE solver
+(arXiv 2309.06169) is the linear combination
+
+    x_next = w_x x + sum_j w_d[j] denoised_j + w_noise z,        j = 0 newest
+    rho = (phi_t / l_t) / (phi_s / l_s),   w_x = (sigma_t / sigma_s) rho,   w_noise = s_noise sigma_t sqrt(1 - rho^2)
+
+and no weight depends on data.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .noise_scaler import NoiseScaler, get_noise_scaler
+
+EPS = torch.finfo(torch.float64).eps
+MAX_ORDER = {"taylor": 3, "newton": 5}
+
+_GAUSS_X, _GAUSS_W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
+
+
+class Row(NamedTuple):
+    """The weights of one step as Python floats; `w_d` ends at the oldest prediction that the step reads."""
+
+    w_x: float
+    w_d: tuple[float, ...]
+    w_noise: float
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What `er_sde_plan` returns. Immutable: any number of runs, threads and batches may share one.
+
+    Attributes:
+        sigmas, alphas, er_lambdas: float64 CPU tensors [num_steps + 1].
+        weights: float64 CPU tensor [num_steps, order + 2], columns w_x | w_d[0] ... w_d[order - 1] | w_noise.
+        orders: the order asked for at each step.
+        first_step: step i draws the portable noise of step `first_step + i`.
+    """
+
+    sigmas: Tensor
+    alphas: Tensor
+    er_lambdas: Tensor
+    weights: Tensor
+    orders: tuple[int, ...]
+    noise_scaler: NoiseScaler
+    method: str
+    node_scale: float
+    integration_points: int | None
+    s_noise: float
+    first_step: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.orders)
+
+    @property
+    def order(self) -> int:
+        """The largest order of any step."""
+        return max(self.orders)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of `weights` as Python numbers."""
+        rows = []
+        for w_x, *w_d, w_noise in self.weights.tolist():
+            while w_d and w_d[-1] == 0:
+                w_d.pop()
+            rows.append(Row(w_x, tuple(w_d), w_noise))
+        return tuple(rows)
+
+    def starting_at(self, i: int) -> "Plan":
+        """The plan of the remaining steps from step i, begun without history, as image-to-image runs do.
+
+        Args:
+            i: 0 to num_steps - 1; `first_step` grows by it, so the noise of a step stays its own.
+        """
+        if not 0 <= i < self.num_steps:
+            raise ValueError(f"i must be 0 to {self.num_steps - 1} (the plan has {self.num_steps} steps), got {i}")
+        return _build(
+            self.sigmas[i:], self.alphas[i:], self.orders[i:], self.noise_scaler, self.method,
+            self.node_scale, self.integration_points, self.s_noise, self.first_step + i,
+        )  # fmt: skip
+
+
+def er_sde_plan(
+    sigmas: Tensor | Sequence[float] | np.ndarray,
+    alphas: Tensor | Sequence[float] | np.ndarray | None = None,
+    process: str = "ve",
+    order: int | Sequence[int] = 3,
+    noise_scaler: str | NoiseScaler | Callable[[Tensor], Tensor] = "sde_5",
+    method: str = "taylor",
+    node_scale: float = math.inf,
+    integration_points: int | None = None,
+    s_noise: float = 1.0,
+) -> Plan:
+    """Builds the weights of an ER-SDE sampling run.
+
+    Args:
+        sigmas: [num_steps + 1] noise levels, non-increasing, the last may be 0. Any device and float dtype; computed in
+            float64. Repeated values are identity steps.
+        alphas: [num_steps + 1] signal levels; None takes them from `process`.
+        process: "ve": alpha = 1. "vp": alpha = sqrt(1 - sigma^2). "flow": alpha = 1 - sigma.
+        order: 1 to 3 ("taylor") or 1 to 5 ("newton"), or one such number for each step. A step uses as many predictions
+            as its order and the history allow.
+        noise_scaler: "ode", "sde", "sde_1" to "sde_5" (the paper's appendix A.8; "sde_5" is its default),
+            "reverse_time_sde(eta)", or phi itself: a function of a float64 tensor of er_lambdas, elementwise.
+        method: "taylor" is the paper's rule. "newton" integrates the polynomial through the history exactly and has the
+            true order n.
+        node_scale: newton only; the history is interpolated in `l / (1 + l / node_scale)`, in which it is closer to a
+            polynomial. inf is er_lambda itself.
+        integration_points: taylor only; None integrates exactly, a number takes the left Riemann sum of that many points
+            (100: the authors' code, 200: ComfyUI).
+        s_noise: multiplies the noise.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and the remedy.
+    """
+    if process not in ("ve", "vp", "flow"):
+        raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}')
+    if method not in MAX_ORDER:
+        raise ValueError(f'method must be "taylor" or "newton", got {method!r}')
+    sigmas = _schedule("sigmas", sigmas)
+    if alphas is None:
+        if process != "ve" and sigmas.max() > 1:
+            at = int((sigmas > 1).nonzero()[0])
+            raise ValueError(f'sigmas must be at most 1 for process "{process}", got sigmas[{at}] = {sigmas[at].item():g}')
+        alphas = {
+            "ve": torch.ones_like,
+            "vp": lambda sigma: torch.sqrt((1 - sigma) * (1 + sigma)),
+            "flow": lambda sigma: 1 - sigma,
+        }[process](sigmas)
+    else:
+        alphas = _schedule("alphas", alphas)
+        if len(alphas) != len(sigmas):
+            raise ValueError(f"alphas must have the length of sigmas, {len(sigmas)}, got {len(alphas)}")
+    num_steps = len(sigmas) - 1
+    if (empty := (alphas == 0) & (sigmas == 0)).any():
+        raise ValueError(f"alphas and sigmas must not both be 0, as at index {int(empty.nonzero()[0])}")
+    if node_scale != math.inf and method == "taylor":
+        raise ValueError(f'node_scale needs method="newton", got node_scale={node_scale!r} with method="taylor"')
+    if not (isinstance(node_scale, (int, float)) and node_scale > 0):
+        raise ValueError(f"node_scale must be a positive number or inf, got {node_scale!r}")
+    if integration_points is not None:
+        if method != "taylor":
+            raise ValueError(f'integration_points needs method="taylor", got {integration_points!r} with method="{method}"')
+        if not _is_int(integration_points) or integration_points < 1:
+            raise ValueError(f"integration_points must be None or a whole number of at least 1, got {integration_points!r}")
+    if not (isinstance(s_noise, (int, float)) and math.isfinite(s_noise) and s_noise >= 0):
+        raise ValueError(f"s_noise must be a finite number of at least 0, got {s_noise!r}")
+    return _build(
+        sigmas, alphas, _orders(order, num_steps, method), get_noise_scaler(noise_scaler), method,
+        float(node_scale), integration_points, float(s_noise), 0,
+    )  # fmt: skip
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _schedule(name: str, values) -> Tensor:
+    """A schedule argument as a float64 CPU tensor, checked for what any schedule must be."""
+    try:
+        if isinstance(values, np.ndarray):
+            values = values.copy()  # as_tensor refuses negative strides, which a flipped schedule has
+        schedule = torch.as_tensor(values, dtype=torch.float64).detach().to("cpu", copy=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a list, array or tensor of real numbers, got {type(values).__name__}: {error}"
+        ) from None
+    if schedule.dim() != 1 or len(schedule) < 2:
+        raise ValueError(f"{name} must be one-dimensional with at least 2 values, got shape {tuple(schedule.shape)}")
+    bad = ~(torch.isfinite(schedule) & (schedule >= 0))
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"{name} must be finite and at least 0, got {name}[{at}] = {schedule[at].item():g}")
+    return schedule
+
+
+def _orders(order, num_steps: int, method: str) -> tuple[int, ...]:
+    """The order argument as one number a step."""
+    orders = [order] * num_steps if _is_int(order) else order
+    if not isinstance(orders, Sequence) or isinstance(orders, str) or not all(_is_int(o) for o in orders):
+        raise TypeError(f"order must be a whole number or one for each step, got {order!r}")
+    if len(orders) != num_steps:
+        raise ValueError(f"order must be one number or {num_steps}, one for each step, got {len(orders)}")
+    for step, o in enumerate(orders):
+        if not 1 <= o <= MAX_ORDER[method]:
+            raise ValueError(f'order must be 1 to {MAX_ORDER[method]} for method="{method}", got {o} at step {step}')
+    return tuple(int(o) for o in orders)
+
+
+def _build(sigmas, alphas, orders, noise_scaler, method, node_scale, integration_points, s_noise, first_step) -> Plan:
+    er_lambdas = sigmas / alphas
+    rising = er_lambdas[1:] > er_lambdas[:-1]
+    if rising.any():
+        at = int(rising.nonzero()[0]) + 1
+        raise ValueError(
+            f"sigmas must not rise: er_lambda = sigma / alpha goes from {er_lambdas[at - 1].item():g} at index {at - 1} "
+            f"to {er_lambdas[at].item():g} at index {at}; sort the schedule from noise to data"
+        )
+    if math.isinf(er_lambdas[0]) and not math.isinf(er_lambdas[-1]) and not noise_scaler.at_infinity:
+        raise ValueError(
+            f"noise_scaler {noise_scaler.name} has no limit at er_lambda = inf, where the schedule starts (alpha = 0): "
+            f"start it below, with sigmas[0] < 1, or use another noise_scaler"
+        )
+    weights = _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scale, integration_points, s_noise)
+    return Plan(
+        sigmas, alphas, er_lambdas, weights, orders, noise_scaler, method, node_scale, integration_points, s_noise, first_step
+    )
+
+
+def _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scale, integration_points, s_noise) -> Tensor:
+    """The table [num_steps, order + 2], and the check of its invariants."""
+    order = max(orders)
+    l_s, l_t = er_lambdas[:-1], er_lambdas[1:]
+    weights = torch.zeros(len(l_s), order + 2, dtype=torch.float64)
+
+    still = l_s == l_t
+    weights[:, 0] = torch.where(still, torch.where(alphas[:-1] > 0, alphas[1:] / alphas[:-1], sigmas[1:] / sigmas[:-1]), 0.0)
+    last = (l_t == 0) & ~still
+    weights[:, 1] = torch.where(last, alphas[1:], 0.0)
+
+    steps = (~still & ~last).nonzero()[:, 0]
+    if len(steps) == 0:
+        return weights
+    l_s, l_t, alpha_t, sigma_t = l_s[steps], l_t[steps], alphas[1:][steps], sigmas[1:][steps]
+    distance = _log_ratio(l_s, l_t)
+    log_rho = -noise_scaler.log_growth(l_t, distance)
+    inadmissible = ~(log_rho <= 8 * EPS)
+    if inadmissible.any():
+        at = int(inadmissible.nonzero()[0])
+        raise ValueError(
+            f"noise_scaler {noise_scaler.name} is inadmissible at step {int(steps[at])}: phi(l) / l must not decrease with l, "
+            f"but does from er_lambda {l_t[at].item():g} to {l_s[at].item():g}; use another noise_scaler or a shorter schedule"
+        )
+    log_rho = torch.where(log_rho >= -8 * EPS, 0.0, log_rho)
+    weights[steps, 0] = sigma_t / sigmas[:-1][steps] * torch.exp(log_rho)
+    weights[steps, -1] = s_noise * sigma_t * torch.sqrt(torch.expm1(2 * log_rho).abs())
+    total = -alpha_t * torch.expm1(log_rho - distance)
+    weights[steps, 1] = total
+
+    uses = _distinct_nodes(er_lambdas, orders, node_scale)[steps]
+    for n in range(2, order + 1):
+        rows = (uses.sum(1) == n).nonzero()[:, 0]
+        if len(rows) == 0:
+            continue
+        slots = torch.argsort((~uses[rows]).to(torch.uint8), dim=1, stable=True)[:, :n]
+        nodes = er_lambdas[steps[rows, None] - slots]
+        panel = _panels(l_s[rows], l_t[rows], noise_scaler, node_scale, integration_points)
+        rule = _newton if method == "newton" else _taylor
+        weights[steps[rows, None], 1 + slots] += alpha_t[rows, None] * rule(panel, nodes, node_scale)
+
+    w_d = weights[steps, 1:-1]
+    exact = (w_d.sum(1) - total).abs() <= 1e-10 * w_d.abs().sum(1)
+    if not (torch.isfinite(weights).all() and exact.all()):
+        broken = ~(torch.isfinite(weights[steps]).all(1) & exact)
+        at = int(steps[int(broken.nonzero()[0])]) if broken.any() else int((~torch.isfinite(weights).all(1)).nonzero()[0])
+        raise ValueError(
+            f"sigmas give no finite, consistent weights at step {at}, from er_lambda {er_lambdas[at].item():g} "
+            f"to {er_lambdas[at + 1].item():g}; space the schedule more evenly or lower the order there"
+        )
+    return weights
+
+
+def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """log(a / b) for a >= b > 0, to full relative precision where they are close."""
+    return torch.where(a < 2 * b, torch.log1p((a - b) / b), torch.log(a) - torch.log(b))
+
+
+def _distinct_nodes(er_lambdas: Tensor, orders: tuple[int, ...], node_scale: float) -> Tensor:
+    """Which of the order newest predictions each step interpolates, [num_steps, order] of bool.
+
+    Of repeated nodes only the newest counts; a node at infinity counts only where node_scale makes it an ordinary one.
+    """
+    num_steps, order = len(orders), max(orders)
+    step, slot = torch.arange(num_steps)[:, None], torch.arange(order)
+    node = (step - slot).clamp(min=0)
+    usable = (slot <= step) & (slot < torch.tensor(orders)[:, None])
+    usable &= (slot == 0) | (er_lambdas[node] != er_lambdas[node + 1])
+    if math.isinf(node_scale):
+        usable &= (slot == 0) | torch.isfinite(er_lambdas[node])
+    return usable
+
+
+class _Panels(NamedTuple):
+    """Quadrature of `integral from l_t to l_s of (1 - phi_t / phi(l)) f(l) dl` over many steps at once.
+
+    Panel p belongs to row `row[p]`, has nodes `l[p]` and weights `w[p]` that hold the kernel and the measure.
+    """
+
+    row: Tensor
+    l: Tensor
+    w: Tensor
+    num_rows: int
+
+    def integrate(self, f: Tensor) -> Tensor:
+        return torch.zeros(self.num_rows, dtype=torch.float64).index_add_(0, self.row, (self.w * f).sum(1))
+
+
+def _panels(l_s: Tensor, l_t: Tensor, noise_scaler: NoiseScaler, node_scale: float, points: int | None) -> _Panels:
+    if points is not None:
+        # Existing samplers sum only the 1/phi part, from the left; the part without it they integrate exactly. Their rule
+        # is kept as it is: the weight of the exact part is carried by two nodes that integrate linear functions.
+        return _riemann_panels(l_s, l_t, noise_scaler, points)
+    reach = distance = _log_ratio(l_s, l_t)
+    if math.isfinite(node_scale):
+        reach = torch.minimum(distance, math.log(1e17) + torch.log(l_t.clamp(min=node_scale)) - torch.log(l_t))
+    count = torch.ceil(reach / 2).clamp(min=1).long()
+    row = torch.repeat_interleave(torch.arange(len(l_s)), count)
+    index = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+    width = (reach / count)[row, None]
+    y = width * (index[:, None] + (1 + _GAUSS_X) / 2)
+    l = l_t[row, None] * torch.exp(y)
+    kernel = -torch.expm1(-(y + noise_scaler.log_growth(l_t[row, None], y)))
+    return _Panels(row, l, kernel * l * width / 2 * _GAUSS_W, len(l_s))
+
+
+def _riemann_panels(l_s: Tensor, l_t: Tensor, noise_scaler: NoiseScaler, points: int) -> _Panels:
+    h = ((l_s - l_t) / points)[:, None]
+    l = l_t[:, None] + h * torch.arange(points, dtype=torch.float64)
+    y = _log_ratio(l, l_t[:, None])
+    inverse = torch.exp(-(y + noise_scaler.log_growth(l_t[:, None], y)))
+    ends = torch.stack([l_t, l_s], dim=1)
+    half = ((l_s - l_t) / 2)[:, None].expand(-1, 2)
+    return _Panels(torch.arange(len(l_s)), torch.cat([ends, l], dim=1), torch.cat([half, -h * inverse], dim=1), len(l_s))
+
+
+def _taylor(panels: _Panels, nodes: Tensor, node_scale: float) -> Tensor:
+    """The paper's rule, less the order-1 term: one-sided differences of the history in a Taylor expansion about l_s."""
+    l_s = nodes[:, 0]
+    c_1 = -panels.integrate(torch.ones_like(panels.l))
+    g_1 = l_s - nodes[:, 1]
+    k = c_1 / g_1
+    if nodes.shape[1] == 2:
+        return torch.stack([k, -k], dim=1)
+    c_2 = -panels.integrate(panels.l - l_s[panels.row, None])
+    g_2 = nodes[:, 1] - nodes[:, 2]
+    e = 2 * c_2 / (g_1 + g_2)
+    return torch.stack([k + e / g_1, -(k + e * (1 / g_1 + 1 / g_2)), e / g_2], dim=1)
+
+
+def _newton(panels: _Panels, nodes: Tensor, node_scale: float) -> Tensor:
+    """Less the order-1 term: -integral of (1 - phi_t / phi) dL_j(u(l)) for every Lagrange basis polynomial L_j on the nodes."""
+    n = nodes.shape[1]
+    from_node = [_u_difference(panels.l, nodes[panels.row, k, None], node_scale) for k in range(n)]
+    du_dl = (1 + panels.l / node_scale) ** -2
+    columns = []
+    for j in range(n):
+        others = [k for k in range(n) if k != j]
+        numerator = sum(math.prod(from_node[k] for k in others if k != m) for m in others)
+        denominator = math.prod(_u_difference(nodes[:, j], nodes[:, k], node_scale) for k in others)
+        columns.append(-panels.integrate(numerator * du_dl) / denominator)
+    return torch.stack(columns, dim=1)
+
+
+def _u_difference(a: Tensor, b: Tensor, node_scale: float) -> Tensor:
+    """u(a) - u(b) for u(l) = l / (1 + l / node_scale), without cancellation; a or b may be infinite if node_scale is not."""
+    if math.isinf(node_scale):
+        return a - b
+    difference = (a - b) / ((1 + a / node_scale) * (1 + b / node_scale))
+    difference = torch.where(torch.isinf(a), node_scale / (1 + b / node_scale), difference)
+    return torch.where(torch.isinf(b), -node_scale / (1 + a / node_scale), difference)

@@ -1,0 +1,79 @@
+"""`sample_er_sde`: the sampling loop, with the arguments and conventions of k-diffusion's and ComfyUI's samplers."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm.auto import trange
+
+from .plan import er_sde_plan
+from .step import fast_step
+
+
+@torch.no_grad()
+def sample_er_sde(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict | None = None,
+    callback: Callable[[dict], None] | None = None,
+    disable: bool | None = None,
+    s_noise: float = 1.0,
+    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
+    noise_scaler=None,
+    max_stage: int = 3,
+    *,
+    process: str = "ve",
+    method: str = "taylor",
+    node_scale: float = math.inf,
+    integration_points: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Samples with an extended reverse-time SDE solver (arXiv 2309.06169).
+
+    Args:
+        model: `model(x, sigma, **extra_args)`, sigma [batch], to the denoised sample.
+        x: [batch, ...] the noise to start from, scaled to sigmas[0].
+        sigmas: [num_steps + 1], falling, the last usually 0; any device.
+        extra_args: further arguments of the model.
+        callback: called after each model evaluation with a dict of `x`, `i`, `sigma`, `sigma_hat`, `denoised`.
+        disable: hides the progress bar.
+        s_noise: multiplies the noise.
+        noise_sampler: `noise_sampler(sigma, sigma_next)` to standard normal noise of the shape of x; called after the
+            model, and only for steps that add noise.
+        noise_scaler: None is "sde_5", the paper's.
+        max_stage: the order.
+        process, method, node_scale, integration_points: see `er_sde_plan`.
+        generator: torch's stream for the noise; see `fast_step`.
+
+    Returns:
+        The sample, [batch, ...].
+    """
+    if noise_sampler is not None and generator is not None:
+        raise ValueError("noise_sampler and generator were given: name one source of noise")
+    plan = er_sde_plan(
+        sigmas,
+        process=process,
+        order=max_stage,
+        noise_scaler="sde_5" if noise_scaler is None else noise_scaler,
+        method=method,
+        node_scale=node_scale,
+        integration_points=integration_points,
+        s_noise=s_noise,
+    )
+    extra_args = {} if extra_args is None else extra_args
+    # The model sees sigma in at least float32: a half-precision sigma would be another time than the plan's.
+    levels = plan.sigmas.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    batch_of_ones = levels.new_ones(x.shape[:1])
+    history = []
+    for i in trange(plan.num_steps, disable=disable):
+        denoised = model(x, levels[i] * batch_of_ones, **extra_args)
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
+        history = [denoised, *history[: plan.order - 1]]
+        noise = None
+        if noise_sampler is not None and plan.rows[i].w_noise != 0:
+            noise = noise_sampler(levels[i], levels[i + 1])
+        x = fast_step(plan, i, x, history, noise=noise, generator=generator)
+    return x

@@ -1,0 +1,43 @@
+"""Shared by the tests: which backends run here, and exact arithmetic to hold them to."""
+
+import os
+from fractions import Fraction
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+
+import ersde_fast
+
+HALF_ULP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(params=[name for name, reason in ersde_fast.available_backends().items() if reason is None])
+def backend(request):
+    return request.param
+
+
+def assert_step_exact(result, plan, i, x, history, noise=None):
+    """Holds a step to the error bound: (order + 3) 2^-24 sum |w_i x_i|, and half an ulp of the output type.
+
+    2^-53 takes the place of 2^-24 where anything is float64. The exact result is a sum of rationals.
+    """
+    row = plan.rows[i]
+    terms = [(row.w_x, x), *zip(row.w_d, history, strict=False), (row.w_noise, noise)]
+    terms = [(Fraction(w), [Fraction(v) for v in t.double().flatten().tolist()], t.dtype) for w, t in terms if w != 0]
+    unit = 2.0**-53 if torch.float64 in (x.dtype, *(dtype for *_, dtype in terms)) else 2.0**-24
+    assert result.shape == x.shape and result.dtype == x.dtype and result.device == x.device
+    for e, got in enumerate(result.double().flatten().tolist()):
+        exact = sum(w * t[e] for w, t, _ in terms)
+        bound = (plan.order + 3) * unit * sum(abs(w * t[e]) for w, t, _ in terms)
+        bound += max(HALF_ULP[x.dtype] * (abs(exact) + bound), SMALLEST[x.dtype] / 2)
+        assert abs(Fraction(got) - exact) <= bound, (e, got, float(exact), float(bound))

@@ -1,0 +1,378 @@
+"""The weight table: against 40-digit arithmetic, its invariants, its edges, its convergence, and bad input."""
+
+import functools
+import math
+
+import mpmath as mp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ersde_fast
+from ersde_fast import er_sde_plan, reverse_time_sde
+
+# phi as the paper's appendix A.8 prints it, for any arithmetic.
+PHI = {
+    "ode": lambda l: l,
+    "sde": lambda l: l**2,
+    "sde_1": lambda l: l * (mp.exp(-1 / l) + 10),
+    "sde_2": lambda l: l ** mp.mpf("1.5"),
+    "sde_3": lambda l: l ** mp.mpf("2.5"),
+    "sde_4": lambda l: l ** mp.mpf("0.9") * mp.log10(1 + 100 * l ** mp.mpf("1.5")),
+    "sde_5": lambda l: l * (mp.exp(l ** mp.mpf("0.3")) + 10),
+    "reverse_time_sde(0.25)": lambda l: l ** mp.mpf("1.25"),
+}
+
+
+@functools.cache
+def gauss_legendre(n, digits):
+    """Nodes and weights on [-1, 1]: Newton's iteration on the Legendre polynomial."""
+    rule = []
+    for x in np.polynomial.legendre.leggauss(n)[0]:
+        x = mp.mpf(x)
+        for _ in range(4):
+            x -= mp.legendre(n, x) / (n * (mp.legendre(n - 1, x) - x * mp.legendre(n, x)) / (1 - x**2))
+        slope = n * (mp.legendre(n - 1, x) - x * mp.legendre(n, x)) / (1 - x**2)
+        rule.append((x, 2 / ((1 - x**2) * slope**2)))
+    return rule
+
+
+class ExactStep:
+    """One step at 40 digits, straight from the formulas; alpha = 1."""
+
+    def __init__(self, l_s, l_t, phi):
+        self.l_s, self.l_t, self.r = mp.mpf(l_s), mp.mpf(l_t), phi(mp.mpf(l_t)) / phi(mp.mpf(l_s))
+        rho = self.r * self.l_s / self.l_t
+        self.variance = 1 - rho**2
+        top = mp.log(self.l_s / self.l_t)
+        panels = max(1, math.ceil(2 * top))
+        self.measure = []  # (l, (1 - phi_t / phi(l)) dl)
+        for k in range(panels):
+            for x, w in gauss_legendre(20, mp.mp.dps):
+                l = self.l_t * mp.exp(top * (k + (1 + x) / 2) / panels)
+                self.measure.append((l, (1 - phi(self.l_t) / phi(l)) * l * w * top / panels / 2))
+
+    def integral(self, f):
+        return mp.fsum(w * f(l) for l, w in self.measure)
+
+    def taylor(self, nodes):
+        c = [-self.integral(lambda l, k=k: (l - self.l_s) ** (k - 1) / mp.factorial(k - 1)) for k in (1, 2)]
+        w_d = [1 - self.r] + [mp.mpf(0)] * (len(nodes) - 1)
+        if len(nodes) > 1:
+            g_1 = nodes[0] - nodes[1]
+            w_d[0] += c[0] / g_1
+            w_d[1] -= c[0] / g_1
+        if len(nodes) > 2:
+            g_2 = nodes[1] - nodes[2]
+            e = 2 * c[1] / (g_1 + g_2)
+            w_d[0] += e / g_1
+            w_d[1] -= e * (1 / g_1 + 1 / g_2)
+            w_d[2] += e / g_2
+        return w_d
+
+    def newton(self, nodes, node_scale):
+        u = lambda l: l / (1 + l / mp.mpf(node_scale))  # noqa: E731
+        moments = [self.integral(lambda l, p=p: u(l) ** p / (1 + l / mp.mpf(node_scale)) ** 2) for p in range(len(nodes) - 1)]
+        w_d = [1 - self.r] + [mp.mpf(0)] * (len(nodes) - 1)
+        for j in range(len(nodes)):
+            basis = [mp.mpf(1)]  # L_j in powers of u
+            for k in range(len(nodes)):
+                if k != j:
+                    d = u(nodes[j]) - u(nodes[k])
+                    basis = [(a - u(nodes[k]) * b) / d for a, b in zip([0, *basis], [*basis, 0], strict=True)]
+            w_d[j] -= mp.fsum(p * a * moments[p - 1] for p, a in enumerate(basis) if p)
+        return w_d
+
+
+@pytest.mark.parametrize("scaler", PHI)
+@pytest.mark.parametrize("l_t, log_ratio", [(1e-3, 0.01), (1e-3, 9.0), (0.7, 0.3), (30.0, 1.5), (120.0, 9.0), (0.9e6, 0.1)])
+def test_weights_equal_forty_digit_arithmetic(scaler, l_t, log_ratio):
+    if scaler == "sde_4":  # admissible below er_lambda 1022
+        l_t, log_ratio = min(l_t, 1.0), min(log_ratio, 6.0)
+    l_s = l_t * math.exp(log_ratio)
+    schedule = [l_s * grow for grow in (1.9, 1.6, 1.35, 1.2, 1.0)] + [l_t]
+    cases = [("taylor", n, math.inf) for n in (1, 2, 3)]
+    cases += [("newton", n, c) for n, c in [(2, math.inf), (3, math.inf), (4, math.inf), (5, math.inf), (3, 5.0), (5, 5.0)]]
+    with mp.workdps(40):
+        step = ExactStep(l_s, l_t, PHI[scaler])
+        for method, order, node_scale in cases:
+            plan = er_sde_plan(schedule, order=order, noise_scaler=scaler, method=method, node_scale=node_scale)
+            nodes = [mp.mpf(l) for l in schedule[5 - order : 5][::-1]]
+            w_d = step.taylor(nodes) if method == "taylor" else step.newton(nodes, node_scale)
+            row = plan.weights[4].tolist()
+            error = max(abs(got - w) for got, w in zip(row[1:-1], w_d, strict=True)) / max(abs(w) for w in w_d)
+            assert error <= 1e-12, (method, order, node_scale)
+            assert abs(mp.mpf(row[-1]) ** 2 / mp.mpf(l_t) ** 2 - step.variance) <= 1e-15, (method, order, node_scale)
+
+
+def karras(n, sigma_min=0.02, sigma_max=20.0, rho=7):
+    ramp = np.linspace(0, 1, n)
+    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+
+
+def distance_to_solution(plan, mu=0.3, s=0.5):
+    """Error at the end of the probability-flow ODE of Gaussian data, begun with an exact history; x is one number."""
+    l = plan.er_lambdas
+    exact = mu + 1.7 * torch.sqrt((s**2 + l**2) / (s**2 + l[0] ** 2))
+    denoised = [(l[i] ** 2 * mu + s**2 * exact[i]) / (s**2 + l[i] ** 2) for i in range(plan.order - 1)][::-1]
+    x = exact[plan.order - 1]
+    for i in range(plan.order - 1, plan.num_steps):
+        denoised = [(l[i] ** 2 * mu + s**2 * x) / (s**2 + l[i] ** 2), *denoised[: plan.order - 1]]
+        x = ersde_fast.reference_step(plan, i, x, denoised)
+    return abs(x - exact[-1]).item()
+
+
+@pytest.mark.parametrize(
+    "method, order, slope", [("taylor", 3, 2.0), ("newton", 3, 3.0), ("newton", 4, 4.0), ("newton", 5, 5.0)]
+)
+def test_convergence_order(method, order, slope):
+    coarse, fine = (
+        distance_to_solution(er_sde_plan(np.geomspace(10, 0.1, n + 1), order=order, noise_scaler="ode", method=method))
+        for n in (160, 320)
+    )
+    assert abs(math.log2(coarse / fine) - slope) < 0.1
+
+
+def test_taylor_with_exact_integrals_beats_the_riemann_sum():
+    exact, riemann = (
+        distance_to_solution(er_sde_plan(karras(321), noise_scaler="ode", integration_points=points)) for points in (None, 100)
+    )
+    assert exact < riemann
+
+
+# ---- invariants ----
+
+SCALERS = ["ode", "sde", "sde_1", "sde_2", "sde_3", "sde_5", "reverse_time_sde(0.3)"]
+RULES = [("taylor", n, math.inf) for n in (1, 2, 3)] + [("newton", n, c) for n in (1, 2, 3, 4, 5) for c in (math.inf, 3.0)]
+
+
+@st.composite
+def schedules(draw):
+    """Process and sigmas, falling by factors of 0.3 to 0.99, with a repeated value and a final 0 now and then."""
+    process = draw(st.sampled_from(["ve", "vp", "flow"]))
+    sigma = draw(st.floats(0.5, 80.0)) if process == "ve" else draw(st.sampled_from([1.0, 0.999, 0.9]))
+    sigmas = [sigma]
+    for factor in draw(st.lists(st.floats(0.3, 0.99), min_size=1, max_size=12)):
+        sigma *= factor
+        sigmas += [sigma] * draw(st.sampled_from([1, 1, 1, 2]))
+    return process, sigmas + [0.0] * draw(st.booleans())
+
+
+@settings(max_examples=150, deadline=None)
+@given(schedules(), st.sampled_from(SCALERS), st.sampled_from(RULES))
+def test_invariants(schedule, scaler, rule):
+    process, sigmas = schedule
+    method, order, node_scale = rule
+    plan = er_sde_plan(sigmas, process=process, order=order, noise_scaler=scaler, method=method, node_scale=node_scale)
+    weights, l = plan.weights, plan.er_lambdas
+    assert weights.shape == (plan.num_steps, order + 2) and weights.dtype == torch.float64
+    assert torch.isfinite(weights).all()
+    assert (weights[:, 0] >= 0).all() and (weights[:, -1] >= 0).all()
+    assert (weights[:, -1] <= plan.sigmas[1:]).all()
+    for i in range(plan.num_steps):
+        assert (weights[i, 1 + min(order, i + 1) : -1] == 0).all()
+        # A constant prediction is carried exactly: the noised sample's signal ends at alpha_t.
+        if torch.isfinite(l[i]) and plan.alphas[i] > 0:
+            signal = weights[i, 0] * plan.alphas[i] + weights[i, 1:-1].sum()
+            assert abs(signal - plan.alphas[i + 1]) <= 1e-12 * weights[i, 1:-1].abs().sum() + 1e-15
+        # ... and the noise level ends at sigma_t.
+        if plan.sigmas[i + 1] > 0:
+            level = torch.hypot(weights[i, 0] * plan.sigmas[i], weights[i, -1])
+            assert abs(level / plan.sigmas[i + 1] - 1) < 1e-14
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(1e-2, 50), st.floats(1.01, 5), st.floats(1.01, 5), st.sampled_from(SCALERS))
+def test_two_steps_of_order_one_equal_one(l_t, ratio, more, scaler):
+    """Order 1 is exact for a constant prediction, so splitting its step changes neither mean nor variance."""
+    l_u, l_s = l_t * ratio, l_t * ratio * more
+    (whole,) = er_sde_plan([l_s, l_t], order=1, noise_scaler=scaler).weights
+    first, second = er_sde_plan([l_s, l_u, l_t], order=1, noise_scaler=scaler).weights
+    assert second[0] * first[0] == pytest.approx(whole[0].item(), rel=1e-13)
+    assert second[0] * first[1] + second[1] == pytest.approx(whole[1].item(), rel=1e-13)
+    assert math.hypot(second[0] * first[2], second[2]) == pytest.approx(whole[2].item(), rel=1e-13, abs=1e-15)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_newton_integrates_polynomials_exactly(n):
+    """A prediction that is a polynomial of degree n - 1 in er_lambda, stepped once or in twenty steps, ends in the same place."""
+    schedule = [9.0, 7.5, 6.2, 5.0, 4.1, 3.0]
+    polynomial = lambda l: sum((l / 4) ** p * (1 - 0.4 * p) for p in range(n))  # noqa: E731
+    plan = er_sde_plan(schedule, order=n, method="newton", noise_scaler="sde_5")
+    row = plan.weights[4]
+    x = 2.5
+    once = row[0] * x + sum(row[1 + j] * polynomial(schedule[4 - j]) for j in range(n))
+    fine = er_sde_plan(np.linspace(4.1, 3.0, 4001), order=2, method="newton", noise_scaler="sde_5")
+    many = x
+    for i, weights in enumerate(fine.weights.tolist()):
+        many = weights[0] * many + weights[1] * polynomial(fine.er_lambdas[i].item())
+        many += weights[2] * polynomial(fine.er_lambdas[i - 1].item()) if i else 0.0
+    assert once.item() == pytest.approx(many, abs=2e-7)
+
+
+# ---- edges ----
+
+
+def test_sigma_zero_is_the_prediction():
+    plan = er_sde_plan([1.0, 0.5, 0.0], process="flow")
+    assert plan.weights[-1].tolist() == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "scaler, w_x", [("sde", 0.0), ("sde_2", 0.0), ("sde_3", 0.0), ("sde_5", 0.0), ("reverse_time_sde(0.1)", 0.0)]
+)
+def test_flow_from_pure_noise_forgets_x(scaler, w_x):
+    plan = er_sde_plan([1.0, 0.8, 0.5, 0.2], process="flow", noise_scaler=scaler)
+    assert plan.weights[0, 0] == w_x
+    assert plan.weights[0, -1] == pytest.approx(0.8, rel=1e-15)
+    assert plan.weights[0, 1:-1].tolist() == pytest.approx([0.2, 0, 0], rel=1e-15)
+
+
+def test_flow_from_pure_noise_limits():
+    """The ODE keeps x; sde_1's phi / l tends to 11."""
+    plan = er_sde_plan([1.0, 0.8, 0.5], process="flow", noise_scaler="ode")
+    assert plan.weights[0].tolist() == pytest.approx([0.8, 0.2, 0, 0, 0], rel=1e-15, abs=1e-300)
+    rho = (math.exp(-1 / 4) + 10) / 11
+    plan = er_sde_plan([1.0, 0.8, 0.5], process="flow", noise_scaler="sde_1")
+    assert plan.weights[0, 0] == pytest.approx(0.8 * rho, rel=1e-14)
+    assert plan.weights[0, -1] == pytest.approx(0.8 * math.sqrt(1 - rho**2), rel=1e-13)
+
+
+@pytest.mark.parametrize("process, start", [("flow", 1.0), ("vp", 1.0)])
+def test_weights_approach_their_limit_at_infinity(process, start):
+    limit = er_sde_plan([start, 0.8, 0.5, 0.2], process=process, method="newton", node_scale=5.0).weights
+    near = er_sde_plan([start - 1e-9, 0.8, 0.5, 0.2], process=process, method="newton", node_scale=5.0).weights
+    torch.testing.assert_close(near, limit, rtol=0, atol=1e-4)
+
+
+def test_node_at_infinity_is_absent_or_ordinary():
+    schedule = [1.0, 0.8, 0.5, 0.2]
+    absent = er_sde_plan(schedule, process="flow", method="newton").weights
+    assert (absent[1, 2:-1] == 0).all() and absent[2, 3] == 0 and absent[2, 2] != 0
+    ordinary = er_sde_plan(schedule, process="flow", method="newton", node_scale=5.0).weights
+    assert ordinary[1, 2] != 0 and ordinary[2, 3] != 0
+
+
+def test_repeated_sigma_is_an_identity_step():
+    plan = er_sde_plan([9, 7, 7, 5, 3], order=3)
+    assert plan.weights[1].tolist() == [1, 0, 0, 0, 0]
+    without = er_sde_plan([9, 7, 5, 3], order=3)
+    # Step 2 holds 7 (new), 7 (old), 9: the old one does not count, and 9 is the second node.
+    assert plan.weights[2].tolist() == [
+        without.weights[1, 0],
+        without.weights[1, 1],
+        0,
+        without.weights[1, 2],
+        without.weights[1, 4],
+    ]
+    assert er_sde_plan([1, 1, 0.5], process="flow").weights[0].tolist() == [1, 0, 0, 0, 0]
+    assert er_sde_plan([1.0, 0, 0]).weights[1].tolist() == [1, 0, 0, 0, 0]
+
+
+def test_order_for_each_step():
+    plan = er_sde_plan([9, 7, 5, 3, 2], order=[1, 2, 3, 1])
+    assert plan.order == 3 and plan.orders == (1, 2, 3, 1)
+    assert [len(row.w_d) for row in plan.rows] == [1, 2, 3, 1]
+
+
+def test_starting_at_is_a_plan_without_history():
+    plan = er_sde_plan([9, 7, 5, 3, 0], order=[1, 2, 3, 2], s_noise=0.9, integration_points=100)
+    rest = plan.starting_at(2).starting_at(1)
+    assert rest.first_step == 3 and rest.num_steps == 1 and rest.order == 2
+    fresh = er_sde_plan([5, 3, 0], order=[3, 2], s_noise=0.9, integration_points=100)
+    assert torch.equal(plan.starting_at(2).weights, fresh.weights)
+    with pytest.raises(ValueError, match=r"i must be 0 to 3 .* got 4"):
+        plan.starting_at(4)
+
+
+def test_s_noise_multiplies_the_noise_only():
+    one, half = er_sde_plan([9, 7, 5]), er_sde_plan([9, 7, 5], s_noise=0.5)
+    assert torch.equal(half.weights[:, -1], one.weights[:, -1] / 2) and torch.equal(half.weights[:, :-1], one.weights[:, :-1])
+
+
+def test_callable_scaler_equals_the_named_one():
+    named = er_sde_plan(karras(12), noise_scaler="sde_5").weights
+    given_phi = er_sde_plan(karras(12), noise_scaler=lambda l: l * ((l**0.3).exp() + 10)).weights
+    torch.testing.assert_close(given_phi, named, rtol=1e-11, atol=0)
+    torch.testing.assert_close(
+        er_sde_plan(karras(12), noise_scaler=reverse_time_sde(1)).weights, er_sde_plan(karras(12), noise_scaler="sde").weights
+    )
+
+
+def test_deterministic_scalers_have_exactly_no_noise():
+    for scaler in ("ode", "reverse_time_sde(0)", lambda l: 3 * l):
+        assert (er_sde_plan(karras(30), noise_scaler=scaler).weights[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_sigmas_of_any_kind(dtype):
+    values = torch.tensor([8, 4, 2, 1], dtype=dtype)
+    expected = er_sde_plan([8.0, 4.0, 2.0, 1.0]).weights
+    assert torch.equal(er_sde_plan(values).weights, expected)
+    assert torch.equal(er_sde_plan(np.array([1, 2, 4, 8])[::-1]).weights, expected)
+    assert torch.equal(er_sde_plan(list(values)).weights, expected)
+
+
+def test_the_plan_keeps_a_copy():
+    sigmas = torch.tensor([8.0, 4.0, 2.0], dtype=torch.float64)
+    plan = er_sde_plan(sigmas)
+    sigmas.fill_(1)
+    assert plan.sigmas.tolist() == [8, 4, 2]
+    with pytest.raises(AttributeError):
+        plan.s_noise = 2.0
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(sigmas=[1, 2, 0]), ValueError, r"sigmas must not rise: .* at index 1"),
+        (dict(sigmas=[3, 2, 1], alphas=[0.9, 0.5, 0.2]), ValueError, r"er_lambda = sigma / alpha goes from .* at index 1"),
+        (dict(sigmas=[3, math.nan, 1]), ValueError, r"sigmas must be finite .* got sigmas\[1\] = nan"),
+        (dict(sigmas=[math.inf, 1]), ValueError, r"sigmas must be finite .* got sigmas\[0\] = inf"),
+        (dict(sigmas=[3, 1, -1]), ValueError, r"sigmas must be finite and at least 0, got sigmas\[2\] = -1"),
+        (dict(sigmas=[3]), ValueError, r"at least 2 values, got shape \(1,\)"),
+        (dict(sigmas=[[3, 1]]), ValueError, r"one-dimensional .* got shape \(1, 2\)"),
+        (dict(sigmas="karras"), TypeError, r"sigmas must be a list, array or tensor"),
+        (dict(sigmas=[1.5, 0.5], process="vp"), ValueError, r'at most 1 for process "vp", got sigmas\[0\] = 1.5'),
+        (dict(sigmas=[1.5, 0.5], process="flow"), ValueError, r'at most 1 for process "flow"'),
+        (dict(process="edm"), ValueError, r'process must be "ve", "vp" or "flow", got \'edm\''),
+        (dict(alphas=[1, 1]), ValueError, r"alphas must have the length of sigmas, 3, got 2"),
+        (dict(alphas=[1, -1, 1]), ValueError, r"alphas must be finite and at least 0, got alphas\[1\] = -1"),
+        (dict(sigmas=[2, 1, 0], alphas=[1, 1, 0]), ValueError, r"must not both be 0, as at index 2"),
+        (dict(order=0), ValueError, r'order must be 1 to 3 for method="taylor", got 0'),
+        (dict(order=4), ValueError, r'order must be 1 to 3 for method="taylor", got 4'),
+        (dict(order=6, method="newton"), ValueError, r'order must be 1 to 5 for method="newton", got 6'),
+        (dict(order=[1, 2, 3]), ValueError, r"one number or 2, one for each step, got 3"),
+        (dict(order=[1, 4]), ValueError, r"got 4 at step 1"),
+        (dict(order=2.0), TypeError, r"order must be a whole number"),
+        (dict(order=True), TypeError, r"order must be a whole number"),
+        (dict(noise_scaler="sde_6"), ValueError, r"noise_scaler must be one of ode, sde, .* got 'sde_6'"),
+        (dict(noise_scaler=5), TypeError, r"noise_scaler must be a name or a callable"),
+        (dict(noise_scaler="reverse_time_sde(-1)"), ValueError, r"noise_scaler must be one of|eta must be"),
+        (dict(sigmas=[5000, 3000, 1], noise_scaler="sde_4"), ValueError, r"sde_4 is inadmissible at step 0: phi\(l\) / l must not"),
+        (dict(noise_scaler=lambda l: l**0.5), ValueError, r"inadmissible at step 0"),
+        (dict(noise_scaler=lambda l: l - 2), ValueError, r"must be positive and finite, got .* at er_lambda"),
+        (dict(noise_scaler=lambda l: l / 0), ValueError, r"must be positive and finite, got inf at er_lambda"),
+        (dict(noise_scaler=lambda l: 1.0), TypeError, r"must map a tensor elementwise"),
+        (dict(noise_scaler=lambda l: l.sum()), TypeError, r"must map a tensor elementwise"),
+        (dict(sigmas=[1, 0.5], process="flow", noise_scaler="sde_4"), ValueError, r"no limit at er_lambda = inf.*sigmas\[0\] < 1"),
+        (dict(sigmas=[1, 0.5], process="flow", noise_scaler=lambda l: l**2), ValueError, r"no limit .*sigmas\[0\] < 1"),
+        (dict(method="euler"), ValueError, r'method must be "taylor" or "newton", got \'euler\''),
+        (dict(node_scale=5.0), ValueError, r'node_scale needs method="newton"'),
+        (dict(node_scale=0.0, method="newton"), ValueError, r"node_scale must be a positive number or inf, got 0.0"),
+        (dict(node_scale=math.nan, method="newton"), ValueError, r"node_scale must be a positive number"),
+        (dict(integration_points=100, method="newton"), ValueError, r'integration_points needs method="taylor"'),
+        (dict(integration_points=0), ValueError, r"whole number of at least 1, got 0"),
+        (dict(integration_points=1.5), ValueError, r"whole number of at least 1, got 1.5"),
+        (dict(s_noise=-1), ValueError, r"s_noise must be a finite number of at least 0, got -1"),
+        (dict(s_noise=math.nan), ValueError, r"s_noise must be a finite number"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        er_sde_plan(**{"sigmas": [3, 2, 1], **arguments})

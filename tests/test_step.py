@@ -1,0 +1,304 @@
+"""The fused step: every backend within the error bound of exact arithmetic, its properties, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+import ersde_fast
+from conftest import assert_step_exact
+from ersde_fast import er_sde_plan, fast_step, reference_step
+from ersde_fast.step import _C
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+PLANS = {n: er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=n, method="newton") for n in (1, 2, 3, 4, 5)}
+ODE = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], noise_scaler="ode")
+
+
+def inputs(shape, n, dtype=torch.float32, other=None, seed=0):
+    """x, history, noise of a shape; predictions and noise in another dtype if one is named."""
+    g = torch.Generator().manual_seed(seed)
+    x, *rest = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(n + 2))
+    rest = [r.to(other or dtype) for r in rest]
+    return x.to(dtype) * 5, rest[:n], rest[n]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
+@pytest.mark.parametrize("order", PLANS)
+def test_every_dtype_and_order(backend, dtype, other, order):
+    plan = PLANS[order]
+    x, history, noise = inputs((2, 3, 7), order, dtype, other)
+    for z in (noise, None):
+        the_plan = (
+            plan if z is not None else er_sde_plan([9, 8, 6.5, 5, 4, 3], order=order, method="newton", noise_scaler="ode")
+        )
+        result = fast_step(the_plan, 4, x, history, noise=z, backend=backend)
+        assert_step_exact(result, the_plan, 4, x, history, z)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
+    "every second": lambda t: t.repeat_interleave(2, 3)[..., ::2],
+    "cropped": lambda t: torch.nn.functional.pad(t, (1, 2, 3, 1))[..., 3:-1, 1:-2],
+    "offset": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("other", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_layout(backend, layout, other, dtype):
+    x, history, noise = inputs((2, 3, 5, 6), 3, dtype)
+    x, history, noise = LAYOUTS[layout](x), [LAYOUTS[other](d) for d in history], LAYOUTS[layout](noise)
+    result = fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend)
+    assert_step_exact(result, PLANS[3], 4, x, history, noise)
+    if layout in ("contiguous", "channels_last", "transposed"):
+        assert result.stride() == x.stride()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 1023, 1024, 1025, 2049])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_size(backend, size, dtype):
+    x, history, noise = inputs((size,), 3, dtype)
+    assert_step_exact(fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend), PLANS[3], 4, x, history, noise)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 0), (1, 1, 1, 1), (2, 1, 3, 1, 2, 1, 2), (2,) * 9])
+def test_every_number_of_dimensions(backend, shape):
+    x, history, noise = inputs(shape, 3)
+    assert_step_exact(fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend), PLANS[3], 4, x, history, noise)
+
+
+def test_more_dimensions_than_the_kernel_holds():
+    """Strides that merge nowhere, in 13 dimensions: the reference path takes over."""
+    x, history, noise = inputs((2,) * 13, 3)
+    x = x.permute(*range(0, 13, 2), *range(1, 13, 2))
+    history = [d.permute(*reversed(range(13))) for d in history]
+    result = fast_step(PLANS[3], 4, x, history, noise=noise)
+    torch.testing.assert_close(result, reference_step(PLANS[3], 4, x, history, noise=noise))
+
+
+def test_an_expanded_input(backend):
+    x, history, _ = inputs((4, 3, 5), 3)
+    noise = torch.randn(1, 1, 5).expand(4, 3, 5)
+    history[1] = history[1][:1].expand(4, 3, 5)
+    assert_step_exact(fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend), PLANS[3], 4, x, history, noise)
+
+
+def test_every_step_of_a_run(backend):
+    for plan in (*PLANS.values(), ODE):
+        for i in range(plan.num_steps):
+            x, history, noise = inputs((5, 9), plan.order, seed=i)
+            result = fast_step(plan, i, x, history[: i + 1], noise=noise, backend=backend)
+            assert_step_exact(result, plan, i, x, history, noise)
+
+
+def test_large_and_threaded(backend):
+    """More elements than one thread takes, against float64; and the bits do not depend on the threads or the split."""
+    x, history, noise = inputs((3, 50_001), 3)
+    result = fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend)
+    w_x, w_d, w_noise = PLANS[3].rows[4]
+    terms = [w_x * x.double(), *(w * d.double() for w, d in zip(w_d, history, strict=True)), w_noise * noise.double()]
+    exact, size = sum(terms), sum(t.abs() for t in terms)
+    assert ((result.double() - exact).abs() <= 6 * 2.0**-24 * size + 2.0**-24 * exact.abs()).all()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend), result)
+    finally:
+        torch.set_num_threads(threads)
+    rows = [fast_step(PLANS[3], 4, x[b], [d[b] for d in history], noise=noise[b], backend=backend) for b in range(3)]
+    assert torch.equal(torch.stack(rows), result)
+
+
+@pytest.mark.skipif(_C is None, reason="the extension was not built")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_gives_the_same_bits(dtype):
+    x, history, noise = inputs((5, 1037), 5, dtype)
+    results = []
+    for number in (1, 2, 3):
+        if _C.use_instruction_set(number):
+            results.append(fast_step(PLANS[5], 4, x, history, noise=noise, backend="cpu"))
+    assert _C.use_instruction_set(0)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.skipif(_C is None, reason="the extension was not built")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_as_torch_rounds(dtype):
+    """Every value of the type goes through unchanged, and float32 values round as torch's cast does."""
+    plan = er_sde_plan([2.0, 1.0, 0.0], order=1)  # the last step is the prediction itself
+    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
+    x = torch.zeros(65536, dtype=dtype)
+    result = fast_step(plan, 1, x, [every], backend="cpu")
+    assert torch.equal(result[~every.isnan()].view(torch.int16), every[~every.isnan()].view(torch.int16))
+    assert torch.equal(result.isnan(), every.isnan())
+    between = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    result = fast_step(plan, 1, torch.zeros(200_000, dtype=dtype), [between], backend="cpu")
+    assert torch.equal(result.nan_to_num(), between.to(dtype).nan_to_num())
+
+
+def test_the_last_step_is_the_prediction_and_no_alias(backend):
+    x, history, _ = inputs((2, 5), 3)
+    result = fast_step(PLANS[3], 5, x, history, backend=backend)
+    assert torch.equal(result, history[0]) and result.data_ptr() != history[0].data_ptr()
+
+
+def test_terms_of_weight_zero_are_not_read(backend):
+    x, history, noise = inputs((2, 5), 3)
+    nan = torch.full_like(x, math.nan)
+    first = fast_step(PLANS[3], 0, x, [history[0], nan, nan], noise=noise, backend=backend)
+    assert torch.equal(first, fast_step(PLANS[3], 0, x, history[:1], noise=noise, backend=backend))
+    last = fast_step(PLANS[3], 5, nan, [history[0], nan, nan], noise=nan, backend=backend)
+    assert torch.equal(last, history[0])
+    assert torch.equal(
+        fast_step(ODE, 3, x, history, noise=nan, backend=backend), fast_step(ODE, 3, x, history, backend=backend)
+    )
+
+
+def test_nan_only_where_it_was(backend):
+    x, history, noise = inputs((3, 41), 3)
+    clean = fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend)
+    x[1, 7] = history[2][0, 40] = noise[2, 16] = math.nan
+    result = fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend)
+    bad = torch.zeros_like(x, dtype=torch.bool)
+    bad[1, 7] = bad[0, 40] = bad[2, 16] = True
+    assert torch.equal(result.isnan(), bad) and torch.equal(result[~bad], clean[~bad])
+
+
+# ---- out ----
+
+
+@pytest.mark.parametrize("target", ["new", "x", "history", "noise", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out(backend, target, dtype):
+    x, history, noise = inputs((3, 700), 3, dtype)
+    expected = fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend)
+    out = {"new": torch.empty_like(x), "x": x, "history": history[1], "noise": noise, "strided": x.new_empty(700, 3).t()}[
+        target
+    ]
+    assert fast_step(PLANS[3], 4, x, history, noise=noise, out=out, backend=backend) is out
+    assert torch.equal(out, expected)
+
+
+def test_out_between_the_elements_of_x(backend):
+    """Interleaved memory shares no element, so it is no overlap."""
+    pair = torch.randn(40)
+    x, out = pair[::2], pair[1::2]
+    _, history, noise = inputs((20,), 3)
+    expected = reference_step(PLANS[3], 4, x, history, noise=noise)
+    fast_step(PLANS[3], 4, x, history, noise=noise, out=out, backend=backend)
+    torch.testing.assert_close(out, expected)
+
+
+# ---- torch's noise ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_is_what_torch_would_draw(backend, dtype):
+    x, history, _ = inputs((2, 3, 5), 3, dtype)
+    g, same = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    result = fast_step(PLANS[3], 4, x, history, generator=g, backend=backend)
+    noise = torch.randn(x.shape, dtype=dtype, generator=same)
+    assert torch.equal(result, fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend))
+    assert torch.equal(g.get_state(), same.get_state())
+
+
+def test_without_a_source_torchs_default_generator_draws(backend):
+    x, history, _ = inputs((2, 5), 3)
+    torch.manual_seed(3)
+    result = fast_step(PLANS[3], 4, x, history, backend=backend)
+    torch.manual_seed(3)
+    assert torch.equal(result, fast_step(PLANS[3], 4, x, history, noise=torch.randn(2, 5), backend=backend))
+
+
+@pytest.mark.parametrize("plan, i", [(ODE, 2), (PLANS[3], 5), (er_sde_plan([3, 2, 1], s_noise=0), 0)])
+def test_nothing_is_drawn_where_no_noise_is_added(backend, plan, i):
+    x, history, _ = inputs((2, 5), 3)
+    g = torch.Generator().manual_seed(5)
+    before = g.get_state(), torch.get_rng_state()
+    fast_step(plan, i, x, history, generator=g, backend=backend)
+    fast_step(plan, i, x, history, backend=backend)
+    assert torch.equal(g.get_state(), before[0]) and torch.equal(torch.get_rng_state(), before[1])
+
+
+# ---- gradients ----
+
+
+def test_gradients_are_the_weights():
+    x, history, noise = inputs((2, 5), 3, torch.float64)
+    leaves = [t.requires_grad_() for t in (x, *history)]
+    fast_step(PLANS[3], 4, x, history, noise=noise).sum().backward()
+    for leaf, w in zip(leaves, [PLANS[3].rows[4].w_x, *PLANS[3].rows[4].w_d], strict=True):
+        torch.testing.assert_close(leaf.grad, torch.full_like(leaf, w), rtol=1e-15, atol=0)
+
+
+def test_without_grad_mode_the_kernel_runs_and_the_result_needs_no_gradient():
+    x, history, noise = inputs((2, 5), 3)
+    x.requires_grad_()
+    with torch.no_grad():
+        assert not fast_step(PLANS[3], 4, x, history, noise=noise).requires_grad
+
+
+# ---- bad input ----
+
+X, HISTORY, NOISE = inputs((2, 6), 3)
+OVERLAPPING = torch.zeros(13)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(i=6), ValueError, r"i must be 0 to 5 \(the plan has 6 steps\), got 6"),
+        (dict(i=-1), ValueError, r"i must be 0 to 5 .* got -1"),
+        (dict(i=1.0), TypeError, r"i must be a whole number.* got 1.0"),
+        (dict(x=X.tolist()), TypeError, r"x must be a tensor, got list"),
+        (dict(x=X.int()), TypeError, r"x must be float32, float64, bfloat16 or float16, got torch.int32"),
+        (dict(x=X.to_sparse()), TypeError, r"x must be a strided tensor"),
+        (dict(history=HISTORY[:2]), ValueError, r"history must hold the 3 newest predictions at step 4, got 2"),
+        (dict(history=HISTORY[0]), TypeError, r"history must be a list of predictions, newest first, got Tensor"),
+        (dict(history=[HISTORY[0], HISTORY[1].T, HISTORY[2]]), ValueError, r"history\[1\] must have the shape of x, \(2, 6\), got \(6, 2\)"),
+        (dict(history=[HISTORY[0], HISTORY[1], HISTORY[2].long()]), TypeError, r"history\[2\] must be float32"),
+        (dict(history=[HISTORY[0], HISTORY[1], None]), TypeError, r"history\[2\] must be a tensor, got NoneType"),
+        (dict(history=[HISTORY[0].to("meta"), *HISTORY[1:]]), ValueError, r"history\[0\] must be on the device of x, cpu, got meta"),
+        (dict(noise=NOISE[:1]), ValueError, r"noise must have the shape of x, \(2, 6\), got \(1, 6\)"),
+        (dict(noise=NOISE.to(torch.complex64)), TypeError, r"noise must be float32"),
+        (dict(noise=1.0), TypeError, r"noise must be a tensor, got float"),
+        (dict(noise=NOISE, generator=torch.Generator()), ValueError, r"noise and generator were given: name one source"),
+        (dict(generator=7), TypeError, r"generator must be a torch.Generator, got int"),
+        (dict(out=torch.zeros(2, 5)), ValueError, r"out must have the shape of x"),
+        (dict(out=torch.zeros(2, 6, dtype=torch.float64)), TypeError, r"out must have the dtype of x, torch.float32, got torch.float64"),
+        (dict(out=torch.zeros(2, 1).expand(2, 6)), ValueError, r"out must not overlap itself"),
+        (dict(out=torch.zeros(7).as_strided((2, 6), (1, 1))), ValueError, r"out must not overlap itself"),
+        (dict(x=OVERLAPPING[:12].view(2, 6), out=OVERLAPPING[1:].view(2, 6)), ValueError, r"out overlaps x partly"),
+        (dict(noise=OVERLAPPING[:12].view(2, 6), out=OVERLAPPING[1:].view(2, 6)), ValueError, r"out overlaps noise partly"),
+        (dict(x=OVERLAPPING[:12].view(6, 2).T, out=OVERLAPPING[:12].view(2, 6)), ValueError, r"out overlaps x partly"),
+        (dict(x=X.clone().requires_grad_(), out=torch.zeros(2, 6)), ValueError, r"out must not be given where a gradient"),
+        (dict(backend="metal"), ValueError, r"backend must be one of cpu, .*got 'metal'"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments, error, message):
+    """The message names the argument; nothing is written and no generator advances."""
+    arguments = {"plan": PLANS[3], "i": 4, "x": X, "history": HISTORY, **arguments}
+    out = arguments.setdefault("out", torch.full((2, 6), 7.0))
+    before, state = out.clone(), torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        fast_step(**arguments)
+    assert torch.equal(out, before) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.setattr(ersde_fast.step, "_NO_CPU", "no compiler was found")
+    assert ersde_fast.available_backends()["cpu"] == "no compiler was found"
+    with pytest.raises(ValueError, match='backend "cpu" cannot run this step: no compiler was found'):
+        fast_step(PLANS[3], 4, X, HISTORY, backend="cpu")
+
+
+def test_without_the_extension_the_reference_runs(monkeypatch):
+    expected = reference_step(PLANS[3], 4, X, HISTORY, noise=NOISE)
+    monkeypatch.setattr(ersde_fast.step, "_C", None)
+    monkeypatch.setattr(ersde_fast.step, "_NO_CPU", "no compiler was found")
+    assert torch.equal(fast_step(PLANS[3], 4, X, HISTORY, noise=NOISE), expected)
