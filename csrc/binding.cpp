@@ -94,9 +94,10 @@ void set_shape(StepArgs& a, const Inputs& in, const std::vector<at::Tensor>& ope
       o.strides[at] = operands[k].stride(d) * ersde::size_of(o.dtype);
     }
   }
-  while (a.ndim < (portable ? 2 : 1)) {  // scalars, and the inner row that portable noise is drawn along
+  // Scalars get a dimension, and portable noise an inner one along which neighbours in the row are neighbours in the sample.
+  while (a.ndim < 1 || (portable && (a.ndim < 2 || a.position_strides[a.ndim - 1] != 1))) {
     a.sizes[a.ndim] = 1;
-    a.position_strides[a.ndim] = 0;
+    a.position_strides[a.ndim] = 1;
     for (int k = 0; k < count; ++k) {
       auto& o = k < a.num_terms ? a.terms[k] : a.out;
       o.strides[a.ndim] = ersde::size_of(o.dtype);
@@ -177,7 +178,7 @@ py::object step(const at::Tensor& weights, py::handle i, py::handle x, py::handl
   }
   if (!seed.is_none()) {
     a.step = (uint32_t)(first_step + row);
-    if (PyLong_Check(seed.ptr())) {
+    if (PyLong_Check(seed.ptr()) && !PyBool_Check(seed.ptr())) {
       a.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());
     } else if (!get_tensor(seed, seeds)) {
       return py::none();
@@ -233,11 +234,21 @@ void portable_noise(const at::Tensor& out, const at::Tensor& seeds, int64_t step
   });
 }
 
+// Normals [2, n] of words a, b: int64 CPU tensors [n] that hold 32 bits.
+at::Tensor box_muller(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor words = at::stack({a, b}).to(at::kUInt32).contiguous();
+  at::Tensor out = at::empty({2, a.size(0)}, at::kFloat);
+  const auto* w = static_cast<const uint32_t*>(words.const_data_ptr());
+  ersde::box_muller_cpu(w, w + a.size(0), out.mutable_data_ptr<float>(), out.mutable_data_ptr<float>() + a.size(0), a.size(0));
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("step", &step);
   m.def("portable_noise", &portable_noise);
+  m.def("box_muller", &box_muller);
   m.def("instruction_set", &ersde::instruction_set_name);
   m.def("use_instruction_set", [](int set) { return ersde::use_instruction_set(static_cast<ersde::InstructionSet>(set)); });
 }

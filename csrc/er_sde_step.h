@@ -52,4 +52,7 @@ void step_cpu(const StepArgs& args, int64_t begin, int64_t end);
 // Normals [first, first + n) of a sample of the portable stream.
 void portable_noise_cpu(float* out, uint64_t seed, uint32_t step, uint64_t sample, uint64_t first, int64_t n);
 
+// Pairs of normals from pairs of words, for tests of words that Philox gives too rarely.
+void box_muller_cpu(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n);
+
 }  // namespace ersde

@@ -100,6 +100,11 @@ void combine_any(T* out, const T* const* rows, const T* weights, int num_rows, i
   }
 }
 
+inline void box_muller_row(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) box_muller(a[i], b[i], z0[i], z1[i]);
+}
+
 // Normals of `count` whole groups from `group` on, count <= kTile / 4. Three short loops, each of which vectorises within
 // the registers of AVX2: words, pairs of normals from pairs of words, and the order in which the elements take them.
 inline void normals_of_groups(float* z, uint64_t seed, uint32_t step, uint64_t sample, uint64_t group, int count) {
@@ -117,9 +122,8 @@ inline void normals_of_groups(float* z, uint64_t seed, uint32_t step, uint64_t s
     words[2][g] = w.z;
     words[3][g] = w.w;
   }
-  for (int half = 0; half < 4; half += 2) {
-    for (int g = 0; g < count; ++g) box_muller(words[half][g], words[half + 1][g], normals[half][g], normals[half + 1][g]);
-  }
+  box_muller_row(words[0], words[1], normals[0], normals[1], count);
+  box_muller_row(words[2], words[3], normals[2], normals[3], count);
   for (int g = 0; g < count; ++g) {
     for (int k = 0; k < 4; ++k) z[4 * g + k] = normals[k][g];
   }

@@ -1,9 +1,19 @@
 """ersde-fast: the ER-SDE sampler's step (arXiv 2309.06169) as one fused kernel, with exact weights."""
 
+from .noise import portable_noise
 from .noise_scaler import reverse_time_sde
 from .plan import Plan, er_sde_plan
 from .reference import reference_step
 from .sample import sample_er_sde
 from .step import available_backends, fast_step
 
-__all__ = ["Plan", "available_backends", "er_sde_plan", "fast_step", "reference_step", "reverse_time_sde", "sample_er_sde"]
+__all__ = [
+    "Plan",
+    "available_backends",
+    "er_sde_plan",
+    "fast_step",
+    "portable_noise",
+    "reference_step",
+    "reverse_time_sde",
+    "sample_er_sde",
+]

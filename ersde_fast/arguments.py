@@ -1,12 +1,18 @@
 """What the step refuses, in words: every check of `fast_step` and `reference_step`, before anything is written or drawn."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from .noise import MAX_POSITIONS, seed_table
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_step(plan, i, x, history, noise=None, generator=None, seed=None, out=None) -> None:
+def check_step(
+    plan, i, x, history, noise=None, generator=None, seed=None, out=None, global_shape=None, global_start=None
+) -> None:
     """Raises ValueError or TypeError, naming the argument, for anything the step cannot do."""
     if not isinstance(i, int) or isinstance(i, bool):
         raise TypeError(f"i must be a whole number, the index of the step, got {i!r}")
@@ -30,6 +36,9 @@ def check_step(plan, i, x, history, noise=None, generator=None, seed=None, out=N
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         if generator.device.type != x.device.type or (generator.device.index or 0) != (x.device.index or 0):
             raise ValueError(f"generator must be on the device of x, {x.device}, got one on {generator.device}")
+    if seed is not None:
+        seed_table(seed, x.shape[0] if x.dim() else 1)
+    _check_shard(x, seed, global_shape, global_start)
     if out is not None:
         _check_out(out, x, history[: len(row.w_d)], noise)
 
@@ -49,6 +58,30 @@ def _check_like(name: str, value, x: Tensor) -> None:
         raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}")
     if value.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}: use {name}.to(x.device)")
+
+
+def _check_shard(x: Tensor, seed, global_shape, global_start) -> None:
+    if global_shape is None and global_start is None:
+        if x.dim() and math.prod(x.shape[1:]) > MAX_POSITIONS:
+            raise ValueError(f"x must have at most 2^42 elements a sample, got {math.prod(x.shape[1:])}")
+        return
+    if global_shape is None or global_start is None:
+        raise ValueError("global_shape and global_start must be given together: the sample's shape and where x starts in it")
+    if seed is None:
+        raise ValueError("global_shape needs seed=: only the portable stream can be drawn shard by shard")
+    for name, value in [("global_shape", global_shape), ("global_start", global_start)]:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, int) for v in value):
+            raise TypeError(f"{name} must be a list or tuple of whole numbers, got {value!r}")
+        if len(value) != x.dim() - 1:
+            raise ValueError(f"{name} must have the {x.dim() - 1} dimensions of one sample of x, got {len(value)}")
+    for d, (whole, start, size) in enumerate(zip(global_shape, global_start, x.shape[1:], strict=True)):
+        if not 0 <= start <= whole - size:
+            raise ValueError(
+                f"global_start must leave x inside global_shape: in dimension {d} of the sample x has {size} from {start}, "
+                f"the whole has {whole}"
+            )
+    if math.prod(global_shape) > MAX_POSITIONS:
+        raise ValueError(f"global_shape must have at most 2^42 elements, got {math.prod(global_shape)}")
 
 
 def _check_out(out, x: Tensor, history, noise) -> None:

@@ -29,6 +29,7 @@ def sample_er_sde(
     node_scale: float = math.inf,
     integration_points: int | None = None,
     generator: torch.Generator | None = None,
+    seed=None,
 ) -> Tensor:
     """Samples with an extended reverse-time SDE solver (arXiv 2309.06169).
 
@@ -45,13 +46,14 @@ def sample_er_sde(
         noise_scaler: None is "sde_5", the paper's.
         max_stage: the order.
         process, method, node_scale, integration_points: see `er_sde_plan`.
-        generator: torch's stream for the noise; see `fast_step`.
+        generator, seed: torch's stream or the portable stream for the noise; see `fast_step`.
 
     Returns:
         The sample, [batch, ...].
     """
-    if noise_sampler is not None and generator is not None:
-        raise ValueError("noise_sampler and generator were given: name one source of noise")
+    sources = {"noise_sampler": noise_sampler, "generator": generator, "seed": seed}
+    if len(named := [name for name, source in sources.items() if source is not None]) > 1:
+        raise ValueError(f"{' and '.join(named)} were given: name one source of noise")
     plan = er_sde_plan(
         sigmas,
         process=process,
@@ -75,5 +77,5 @@ def sample_er_sde(
         noise = None
         if noise_sampler is not None and plan.rows[i].w_noise != 0:
             noise = noise_sampler(levels[i], levels[i + 1])
-        x = fast_step(plan, i, x, history, noise=noise, generator=generator)
+        x = fast_step(plan, i, x, history, noise=noise, generator=generator, seed=seed)
     return x

@@ -1,17 +1,23 @@
 """`fast_step`: checks nothing that the kernel has checked, picks the backend, and does nothing else."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from . import _build_info
 from .arguments import check_step
-from .reference import combine
+from .noise import seed_table
+from .reference import combine, draw_portable
 
 try:
     from . import _C
 except ImportError as error:
     _C = None
-    _NO_CPU = _build_info.REASONS.get("cpu", f"the extension does not import ({error}): reinstall ersde-fast")
+    try:
+        from ._build_info import REASONS
+    except ImportError:
+        REASONS = {"cpu": "ersde-fast was not built: pip install --no-build-isolation ."}
+    _NO_CPU = REASONS.get("cpu", f"the extension does not import ({error}): reinstall ersde-fast")
 else:
     _NO_CPU = None
 
@@ -31,7 +37,9 @@ def fast_step(
     *,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
-    seed: int | None = None,
+    seed=None,
+    global_shape: Sequence[int] | None = None,
+    global_start: Sequence[int] | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -48,6 +56,10 @@ def fast_step(
         noise: standard normal of the shape of x.
         generator: torch's own stream, as `torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)`.
             Without any source torch's default generator is used. Nothing is drawn where the step adds no noise.
+        seed: the portable stream, the same bits on every machine, drawn in the kernel: one number, or a list with a number or
+            a (seed, sample) pair for each sample of the batch. See `portable_noise`.
+        global_shape, global_start: with `seed`, where x holds one shard of each sample: the shape of a whole sample and the
+            index at which the shard starts, without the batch dimension. The shards' steps are the whole step, to the bit.
         out: where to write, of the shape, dtype and device of x; it may be x or a prediction itself.
         backend: "cpu" or "reference"; None takes the fastest that fits the tensors.
 
@@ -58,18 +70,21 @@ def fast_step(
     Raises:
         ValueError, TypeError: naming the argument, before anything is written or any generator advanced.
     """
-    if seed is not None:
-        raise ValueError("seed is not supported yet: the portable stream does not exist; use generator= or noise=")
-    if backend is None and _C is not None:
-        result = _C.step(plan.weights, i, x, history, noise, generator, None, plan.first_step, out, False, [], [])
+    # What a fast call passes: a number, or a table that is only made once the seeds are known to be good.
+    seeds = seed if seed is None or type(seed) is int else seed_table(seed, x.shape[0] if x.dim() else 1)
+    if backend is None and _C is not None and global_shape is None and global_start is None:
+        result = _C.step(plan.weights, i, x, history, noise, generator, seeds, plan.first_step, out, False, [], [])
         if result is not None:
             return result
-    check_step(plan, i, x, history, noise, generator, None, out)
+    check_step(plan, i, x, history, noise, generator, seed, out, global_shape, global_start)
     row = plan.rows[i]
     if _pick(backend, x, history[: len(row.w_d)], noise) == "cpu":
+        shard = [list(global_shape or []), list(global_start or [])]
         with torch.no_grad():
-            return _C.step(plan.weights, i, x, history, noise, generator, None, plan.first_step, out, True, [], [])
-    if noise is None and row.w_noise != 0:
+            return _C.step(plan.weights, i, x, history, noise, generator, seeds, plan.first_step, out, True, *shard)
+    if seed is not None:
+        noise = draw_portable(plan, i, x, seed, global_shape, global_start)
+    elif noise is None and row.w_noise != 0:
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     result = combine(row, x, history, noise)
     return result if out is None else out.copy_(result)

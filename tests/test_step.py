@@ -7,7 +7,8 @@ import torch
 
 import ersde_fast
 from conftest import assert_step_exact
-from ersde_fast import er_sde_plan, fast_step, reference_step
+from ersde_fast import er_sde_plan, fast_step, portable_noise, reference_step
+from ersde_fast.noise import seed_table, specified_noise
 from ersde_fast.step import _C
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -225,6 +226,73 @@ def test_nothing_is_drawn_where_no_noise_is_added(backend, plan, i):
     assert torch.equal(g.get_state(), before[0]) and torch.equal(torch.get_rng_state(), before[1])
 
 
+# ---- portable noise ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_portable_noise_in_the_step(backend, dtype, layout):
+    """The step draws what portable_noise gives, by the logical position, whatever the strides and dtype."""
+    x, history, _ = inputs((3, 2, 5, 7), 3, dtype)
+    noise = portable_noise(x.shape, 77, step=4)
+    assert noise.dtype == torch.float32
+    x = LAYOUTS[layout](x)
+    result = fast_step(PLANS[3], 4, x, history, seed=77, backend=backend)
+    assert_step_exact(result, PLANS[3], 4, x, history, noise)
+    assert torch.equal(result, fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend))
+    assert torch.equal(result, fast_step(PLANS[3], 4, x, history, seed=[(77, 0), (77, 1), (77, 2)], backend=backend))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 1), (2, 0), (0, 3), (3, 4097), (2, 1, 1, 1), (1, 1, 3, 3)])
+def test_portable_noise_of_any_shape(backend, shape):
+    x, history, _ = inputs(shape, 3)
+    result = fast_step(PLANS[3], 4, x, history, seed=-3, backend=backend)
+    assert torch.equal(result, fast_step(PLANS[3], 4, x, history, noise=portable_noise(shape, -3, step=4), backend=backend))
+
+
+def test_the_plans_first_step_counts(backend):
+    x, history, _ = inputs((2, 5), 3)
+    whole, rest = PLANS[1], PLANS[1].starting_at(2)
+    assert torch.equal(
+        fast_step(whole, 3, x, history, seed=9, backend=backend), fast_step(rest, 1, x, history, seed=9, backend=backend)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_split_gives_the_same_bits(backend, dtype):
+    """A batch in any parts and any order, and a sample in any shards."""
+    shape = (3, 4, 9, 70)
+    x, history, _ = inputs(shape, 3, dtype)
+    whole = fast_step(PLANS[3], 4, x, history, seed=[5, 6, 7], backend=backend)
+    order = [2, 0, 1]
+    mixed = fast_step(PLANS[3], 4, x[order], [d[order] for d in history], seed=[7, 5, 6], backend=backend)
+    assert torch.equal(mixed, whole[order])
+    g = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        start = [int(torch.randint(0, n, (), generator=g)) for n in shape[1:]]
+        size = [int(torch.randint(1, n - s + 1, (), generator=g)) for n, s in zip(shape[1:], start, strict=True)]
+        part = (slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))
+        shard = fast_step(
+            PLANS[3],
+            4,
+            x[part],
+            [d[part] for d in history],
+            seed=[5, 6, 7],
+            global_shape=shape[1:],
+            global_start=start,
+            backend=backend,
+        )
+        assert torch.equal(shard, whole[part])
+
+
+def test_a_shard_far_into_a_huge_sample(backend):
+    x, history, _ = inputs((1, 3, 5), 3)
+    where = dict(global_shape=(2**31, 1000), global_start=(2**31 - 3, 995))
+    result = fast_step(PLANS[3], 4, x, history, seed=5, backend=backend, **where)
+    noise = specified_noise((1, 3, 5), seed_table(5, 1), 4, *where.values())
+    assert torch.equal(result, fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend))
+
+
 # ---- gradients ----
 
 
@@ -269,6 +337,18 @@ OVERLAPPING = torch.zeros(13)
         (dict(noise=1.0), TypeError, r"noise must be a tensor, got float"),
         (dict(noise=NOISE, generator=torch.Generator()), ValueError, r"noise and generator were given: name one source"),
         (dict(generator=7), TypeError, r"generator must be a torch.Generator, got int"),
+        (dict(seed=1, noise=NOISE), ValueError, r"noise and seed were given: name one source"),
+        (dict(seed=1, generator=torch.Generator()), ValueError, r"generator and seed were given: name one source"),
+        (dict(seed=[1]), ValueError, r"seed must be one number or 2, one for each sample of the batch, got 1"),
+        (dict(seed=1.0), TypeError, r"seed must be a whole number or a list"),
+        (dict(seed=True), TypeError, r"seed must be a whole number or a list"),
+        (dict(global_shape=(9,), global_start=(0,)), ValueError, r"global_shape needs seed="),
+        (dict(seed=1, global_shape=(9,)), ValueError, r"global_shape and global_start must be given together"),
+        (dict(seed=1, global_shape=(9, 9), global_start=(0, 0)), ValueError, r"global_shape must have the 1 dimensions of one sample"),
+        (dict(seed=1, global_shape=(9,), global_start=(4,)), ValueError, r"in dimension 0 of the sample x has 6 from 4, the whole has 9"),
+        (dict(seed=1, global_shape=(9,), global_start=(-1,)), ValueError, r"global_start must leave x inside global_shape"),
+        (dict(seed=1, global_shape=(2**42 + 1,), global_start=(0,)), ValueError, r"at most 2\^42 elements"),
+        (dict(seed=1, global_shape=9, global_start=0), TypeError, r"global_shape must be a list or tuple of whole numbers, got 9"),
         (dict(out=torch.zeros(2, 5)), ValueError, r"out must have the shape of x"),
         (dict(out=torch.zeros(2, 6, dtype=torch.float64)), TypeError, r"out must have the dtype of x, torch.float32, got torch.float64"),
         (dict(out=torch.zeros(2, 1).expand(2, 6)), ValueError, r"out must not overlap itself"),
