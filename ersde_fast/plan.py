@@ -315,8 +315,7 @@ def _panels(l_s: Tensor, l_t: Tensor, noise_scaler: NoiseScaler, node_scale: flo
     if math.isfinite(node_scale):
         reach = torch.minimum(distance, math.log(1e17) + torch.log(l_t.clamp(min=node_scale)) - torch.log(l_t))
     count = torch.ceil(reach / 2).clamp(min=1).long()
-    row = torch.repeat_interleave(torch.arange(len(l_s)), count)
-    index = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+    row, index = (torch.arange(int(count.max())) < count[:, None]).nonzero(as_tuple=True)
     width = (reach / count)[row, None]
     y = width * (index[:, None] + (1 + _GAUSS_X) / 2)
     l = l_t[row, None] * torch.exp(y)

@@ -67,10 +67,10 @@ def sample_er_sde(
     extra_args = {} if extra_args is None else extra_args
     # The model sees sigma in at least float32: a half-precision sigma would be another time than the plan's.
     levels = plan.sigmas.to(x.device, torch.promote_types(x.dtype, torch.float32))
-    batch_of_ones = levels.new_ones(x.shape[:1])
+    batches = (levels[:, None] * levels.new_ones(x.shape[:1])).unbind()
     history = []
     for i in trange(plan.num_steps, disable=disable):
-        denoised = model(x, levels[i] * batch_of_ones, **extra_args)
+        denoised = model(x, batches[i], **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
         history = [denoised, *history[: plan.order - 1]]

@@ -1,0 +1,59 @@
+"""Bandwidth of a copy in the same session, and a table of every step beside its rivals and that limit."""
+
+import statistics
+import time
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth():
+    """GB/s of `copy_`, bytes read and written, for tensors of the given number of bytes; measured once for each."""
+    measured = {}
+
+    def bandwidth(nbytes):
+        if nbytes not in measured:
+            source = torch.ones(max(nbytes // 4, 1), device=DEVICE)
+            target = torch.empty_like(source)
+            repeats = max(1, (1 << 26) // nbytes)
+            times = []
+            for _ in range(12):
+                synchronize()
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    target.copy_(source)
+                synchronize()
+                times.append((time.perf_counter() - start) / repeats)
+            measured[nbytes] = 2 * source.numel() * 4 / statistics.median(times[2:]) / 1e9
+        return measured[nbytes]
+
+    return bandwidth
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    rows = [b for b in getattr(session, "benchmarks", []) if b.stats.rounds]
+    groups = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    for group, members in groups.items():
+        ours = next((m for m in members if m.extra_info.get("contender") == "fused"), None)
+        if ours is None:
+            continue
+        terminalreporter.write_line("")
+        terminalreporter.write_line(f"{group}{'':4}copy_ {ours.extra_info['copy_gb_s']:.1f} GB/s")
+        terminalreporter.write_line(f"  {'':<22}{'median us':>12}{'GB/s':>9}{'of copy_':>10}{'times ours':>12}")
+        for m in members:
+            info, median = m.extra_info, m.stats.median
+            terminalreporter.write_line(
+                f"  {info['contender']:<22}{median * 1e6:>12.1f}{info['bytes'] / median / 1e9:>9.1f}"
+                f"{info['bytes'] / median / 1e9 / info['copy_gb_s']:>10.0%}{median / ours.stats.median:>12.2f}"
+            )

@@ -1,0 +1,132 @@
+"""The sampling loop: k-diffusion's conventions, and samples of a distribution that is known."""
+
+import math
+
+import pytest
+import torch
+
+from ersde_fast import er_sde_plan, fast_step, portable_noise, sample_er_sde
+
+SIGMAS = torch.tensor([10.0, 5.0, 2.0, 0.8, 0.2, 0.0])
+MEAN, STD = 0.3, 0.5
+
+
+def gaussian_model(x, sigma):
+    """The exact denoiser of N(0.3, 0.5^2)."""
+    v = sigma.view(-1, *[1] * (x.dim() - 1)) ** 2
+    return (v * MEAN + STD**2 * x) / (v + STD**2)
+
+
+def start(shape=(2, 4, 8, 8)):
+    return 10 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_it_is_the_loop_of_steps():
+    x = start()
+    result = sample_er_sde(gaussian_model, x, SIGMAS, disable=True, seed=5, max_stage=2)
+    plan, history, y = er_sde_plan(SIGMAS, order=2), [], x
+    for i in range(plan.num_steps):
+        history = [gaussian_model(y, SIGMAS[i] * torch.ones(2)), *history[:1]]
+        y = fast_step(plan, i, y, history, seed=5)
+    assert torch.equal(result, y)
+
+
+def test_k_diffusion_conventions():
+    """model(x, sigma [batch], **extra_args); the callback's dict; noise drawn after the model and never on the last step."""
+    log = []
+
+    def model(x, sigma, scale):
+        log.append(("model", sigma))
+        assert sigma.shape == (2,) and scale == 7
+        return gaussian_model(x, sigma)
+
+    def noise_sampler(sigma, sigma_next):
+        log.append(("noise", sigma.item(), sigma_next.item()))
+        return torch.zeros(2, 4, 8, 8)
+
+    seen = []
+    x = start()
+    sample_er_sde(model, x, SIGMAS, {"scale": 7}, seen.append, True, 1.0, noise_sampler)
+    assert [entry[0] for entry in log] == ["model", "noise"] * 4 + ["model"]
+    assert [entry[1:] for entry in log if entry[0] == "noise"] == list(
+        zip(SIGMAS[:4].tolist(), SIGMAS[1:5].tolist(), strict=True)
+    )
+    assert [sigma.tolist() for _, sigma in log[::2]] == [[s, s] for s in SIGMAS[:5].tolist()]
+    assert [set(d) for d in seen] == [{"x", "i", "sigma", "sigma_hat", "denoised"}] * 5
+    assert [d["i"] for d in seen] == list(range(5)) and [float(d["sigma"]) for d in seen] == SIGMAS[:5].tolist()
+    assert torch.equal(seen[0]["x"], x)
+
+
+@pytest.mark.parametrize("scaler", ["ode", "sde_5", lambda l: l**1.5])
+@pytest.mark.parametrize("process", ["ve", "vp", "flow"])
+def test_samples_have_the_moments_of_the_data(scaler, process):
+    """Enough steps of the exact denoiser end in the data's distribution."""
+    torch.manual_seed(0)
+    n = 40_000
+    sigmas = torch.logspace(math.log10(20), math.log10(0.02), 201) if process == "ve" else torch.linspace(0.998, 0.002, 201)
+    sigmas = torch.cat([sigmas, torch.zeros(1)]).double()
+
+    def model(x, sigma):
+        sigma = sigma.view(-1, 1)
+        alpha = {"ve": torch.ones_like(sigma), "vp": torch.sqrt(1 - sigma**2), "flow": 1 - sigma}[process]
+        return (sigma**2 * MEAN + STD**2 * alpha * x) / (alpha**2 * STD**2 + sigma**2)
+
+    x = torch.randn(n, 1, dtype=torch.float64)
+    x = (20 if process == "ve" else 1) * x
+    result = sample_er_sde(model, x, sigmas, disable=True, process=process, noise_scaler=scaler, seed=11)
+    # Five standard errors, and what the schedule's ends leave of the start.
+    assert abs(result.mean().item() - MEAN) < 5 * STD / math.sqrt(n) + 5e-3
+    assert abs(result.std().item() - STD) < 5 * STD / math.sqrt(2 * n) + 5e-3
+
+
+def test_each_source_of_noise():
+    x = start()
+    torch.manual_seed(3)
+    default = sample_er_sde(gaussian_model, x, SIGMAS, disable=True)
+    g = torch.Generator().manual_seed(3)
+    assert torch.equal(default, sample_er_sde(gaussian_model, x, SIGMAS, disable=True, generator=g))
+    g = torch.Generator().manual_seed(3)
+    sampler = lambda sigma, sigma_next: torch.randn(x.shape, generator=g)  # noqa: E731
+    assert torch.equal(default, sample_er_sde(gaussian_model, x, SIGMAS, disable=True, noise_sampler=sampler))
+    seeded = sample_er_sde(gaussian_model, x, SIGMAS, disable=True, seed=[8, 9])
+    alone = sample_er_sde(gaussian_model, x[1:], SIGMAS, disable=True, seed=[9])
+    assert torch.equal(seeded[1:], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    """The model sees sigma in at least float32, and the sample keeps its dtype."""
+
+    def model(x, sigma):
+        assert sigma.dtype == torch.promote_types(dtype, torch.float32)
+        return gaussian_model(x, sigma).to(dtype)
+
+    assert sample_er_sde(model, start().to(dtype), SIGMAS, disable=True).dtype == dtype
+
+
+def test_options_reach_the_plan():
+    x = start()
+    draw = dict(disable=True, seed=1)
+    default = sample_er_sde(gaussian_model, x, SIGMAS, **draw)
+    for options in (
+        dict(method="newton"),
+        dict(method="newton", node_scale=4.0),
+        dict(integration_points=3),
+        dict(max_stage=1),
+    ):
+        assert not torch.equal(default, sample_er_sde(gaussian_model, x, SIGMAS, **draw, **options))
+    assert torch.equal(
+        sample_er_sde(gaussian_model, x, SIGMAS, disable=True, s_noise=0.0),
+        sample_er_sde(gaussian_model, x, SIGMAS, s_noise=0.0, **draw),
+    )
+
+
+def test_two_sources_are_refused():
+    with pytest.raises(ValueError, match="noise_sampler and seed were given"):
+        sample_er_sde(gaussian_model, start(), SIGMAS, noise_sampler=lambda a, b: None, seed=1)
+
+
+def test_initial_latents_of_the_portable_stream():
+    """Step -1 is the start: a run is then a function of the seed alone, sample by sample."""
+    x = 10 * portable_noise((3, 4), [4, 5, 6], step=-1)
+    assert torch.equal(x[1], 10 * portable_noise((1, 4), 5, step=-1)[0])
