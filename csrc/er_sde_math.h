@@ -32,7 +32,13 @@ ERSDE_FN float mul_(float a, float b) {
   return a * b;
 #endif
 }
-ERSDE_FN double mul_(double a, double b) { return a * b; }
+ERSDE_FN double mul_(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
 
 ERSDE_FN float as_float(uint32_t bits) {
 #ifdef __CUDA_ARCH__
@@ -158,4 +164,72 @@ ERSDE_FN void portable_normals(uint64_t seed, Words counter, float& z0, float& z
   const Words w = philox((uint32_t)seed, (uint32_t)(seed >> 32), counter);
   box_muller(w.x, w.y, z0, z1);
   box_muller(w.z, w.w, z2, z3);
+}
+
+// ---- torch's stream: what torch.randn draws on CUDA devices (torch 2.11 to 2.13), element by element ----
+
+// Subsequence, offset and place of element e where each thread draws `unroll` numbers a time (4; float64: 2).
+struct TorchPlace {
+  uint64_t subsequence, block;
+  int place;
+};
+
+ERSDE_FN TorchPlace torch_place(uint64_t e, uint64_t threads, int unroll) {
+  const uint64_t stride = threads * unroll, inside = e % stride;
+  return TorchPlace{inside % threads, e / stride, (int)(inside / threads)};
+}
+
+ERSDE_FN Words torch_words(uint64_t seed, uint64_t offset, uint64_t block, uint64_t subsequence) {
+  const uint64_t at = offset / 4 + block;
+  return philox((uint32_t)seed, (uint32_t)(seed >> 32),
+                Words{(uint32_t)at, (uint32_t)(at >> 32), (uint32_t)subsequence, (uint32_t)(subsequence >> 32)});
+}
+
+// cuRAND's float32 pair. Left to the compiler's contraction on the device, as in torch's own build: its bits are wanted.
+ERSDE_FN void torch_pair(uint32_t x, uint32_t y, float& z0, float& z1) {
+  const float u = x * 2.3283064e-10f + (2.3283064e-10f / 2);
+  const float v = y * (2.3283064e-10f * 6.2831855f) + ((2.3283064e-10f * 6.2831855f) / 2);
+#ifdef __CUDA_ARCH__
+  const float s = sqrtf(-2.0f * logf(u));
+  __sincosf(v, &z0, &z1);
+#else
+  const float s = __builtin_sqrtf(-2.0f * __builtin_logf(u));
+  z0 = __builtin_sinf(v);
+  z1 = __builtin_cosf(v);
+#endif
+  z0 *= s;
+  z1 *= s;
+}
+
+// cuRAND's float64 pair, of all four words.
+ERSDE_FN void torch_pair_double(Words w, double& z0, double& z1) {
+  const uint64_t x = (uint64_t)w.x ^ ((uint64_t)w.y << 21), y = (uint64_t)w.z ^ ((uint64_t)w.w << 21);
+  const double u = x * 1.1102230246251565e-16 + 1.1102230246251565e-16 / 2.0;
+  const double v = y * (1.1102230246251565e-16 * 2.0) + 1.1102230246251565e-16;
+#ifdef __CUDA_ARCH__
+  const double s = sqrt(-2.0 * log(u));
+  sincospi(v, &z0, &z1);
+#else
+  const double s = __builtin_sqrt(-2.0 * __builtin_log(u));
+  z0 = __builtin_sin(3.14159265358979323846 * v);
+  z1 = __builtin_cos(3.14159265358979323846 * v);
+#endif
+  z0 *= s;
+  z1 *= s;
+}
+
+// One element of a float32, bfloat16 or float16 tensor.
+ERSDE_FN float torch_normal(uint64_t seed, uint64_t offset, uint64_t threads, uint64_t e) {
+  const TorchPlace at = torch_place(e, threads, 4);
+  const Words w = torch_words(seed, offset, at.block, at.subsequence);
+  float z0, z1;
+  torch_pair(at.place < 2 ? w.x : w.z, at.place < 2 ? w.y : w.w, z0, z1);
+  return at.place % 2 ? z1 : z0;
+}
+
+ERSDE_FN double torch_normal_double(uint64_t seed, uint64_t offset, uint64_t threads, uint64_t e) {
+  const TorchPlace at = torch_place(e, threads, 2);
+  double z0, z1;
+  torch_pair_double(torch_words(seed, offset, at.block, at.subsequence), z0, z1);
+  return at.place ? z1 : z0;
 }

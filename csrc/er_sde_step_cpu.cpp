@@ -32,14 +32,14 @@ namespace {
 struct Kernels {
   const char* name;
   void (*step)(const StepArgs&, int64_t, int64_t);
-  void (*portable_noise)(float*, uint64_t, uint32_t, uint64_t, uint64_t, int64_t);
+  void (*torch_noise)(float*, uint64_t, uint64_t, int64_t, int64_t, int64_t);
   void (*box_muller)(const uint32_t*, const uint32_t*, float*, float*, int64_t);
 };
 
-const Kernels kPlain{"plain", plain::step, plain::portable_noise, plain::box_muller_row};
+const Kernels kPlain{"plain", plain::step, plain::torch_noise, plain::box_muller_row};
 #ifdef ERSDE_X86
-const Kernels kV3{"x86-64-v3", x86_64_v3::step, x86_64_v3::portable_noise, x86_64_v3::box_muller_row};
-const Kernels kV4{"x86-64-v4", x86_64_v4::step, x86_64_v4::portable_noise, x86_64_v4::box_muller_row};
+const Kernels kV3{"x86-64-v3", x86_64_v3::step, x86_64_v3::torch_noise, x86_64_v3::box_muller_row};
+const Kernels kV4{"x86-64-v4", x86_64_v4::step, x86_64_v4::torch_noise, x86_64_v4::box_muller_row};
 #endif
 
 // nullptr where this processor lacks the instruction set.
@@ -71,8 +71,8 @@ bool use_instruction_set(InstructionSet set) {
 
 void step_cpu(const StepArgs& args, int64_t begin, int64_t end) { chosen.load(std::memory_order_relaxed)->step(args, begin, end); }
 
-void portable_noise_cpu(float* out, uint64_t seed, uint32_t step, uint64_t sample, uint64_t first, int64_t n) {
-  chosen.load(std::memory_order_relaxed)->portable_noise(out, seed, step, sample, first, n);
+void torch_noise_cpu(float* out, uint64_t seed, uint64_t offset, int64_t threads, int64_t first, int64_t n) {
+  chosen.load(std::memory_order_relaxed)->torch_noise(out, seed, offset, threads, first, n);
 }
 
 void box_muller_cpu(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n) {

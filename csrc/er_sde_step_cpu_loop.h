@@ -155,9 +155,15 @@ void step_range(const StepArgs& a, int64_t begin, int64_t end) {
   alignas(64) T result[kTile];
   alignas(64) float noise[kTile];
   T weights[kMaxTerms + 1];
-  for (int k = 0; k < a.num_terms; ++k) weights[k] = (T)a.weights[k];
+  const Operand* terms[kMaxTerms];
+  int num_terms = 0;
+  for (int k = 0; k < a.num_terms; ++k) {
+    if (a.weights[k] == 0) continue;
+    weights[num_terms] = (T)a.weights[k];
+    terms[num_terms++] = &a.terms[k];
+  }
   const bool draws = a.noise == Noise::portable;
-  if (draws) weights[a.num_terms] = (T)a.w_noise;
+  if (draws) weights[num_terms] = (T)a.w_noise;
 
   const int inner = a.ndim - 1;
   int64_t index[kMaxDims];
@@ -169,8 +175,8 @@ void step_range(const StepArgs& a, int64_t begin, int64_t end) {
   // Rows that are all read and written in place need no tiles: longer ones let the processor prefetch across pages.
   const bool direct = a.out.dtype == in_place && a.out.strides[inner] == size_of(in_place);
   bool converts = draws || !direct;
-  for (int k = 0; k < a.num_terms; ++k) {
-    converts |= a.terms[k].dtype != in_place || a.terms[k].strides[inner] != size_of(in_place);
+  for (int k = 0; k < num_terms; ++k) {
+    converts |= terms[k]->dtype != in_place || terms[k]->strides[inner] != size_of(in_place);
   }
   const int64_t longest = converts ? kTile : int64_t{1} << 30;
   for (int64_t e = begin; e < end;) {
@@ -180,10 +186,10 @@ void step_range(const StepArgs& a, int64_t begin, int64_t end) {
     const int n = (int)width;
 
     const T* rows[kMaxTerms + 1];
-    for (int k = 0; k < a.num_terms; ++k) {
-      const char* p = a.terms[k].data;
-      for (int d = 0; d < a.ndim; ++d) p += index[d] * a.terms[k].strides[d];
-      rows[k] = load_row<T>(p, a.terms[k].strides[inner], a.terms[k].dtype, n, buffers[k]);
+    for (int k = 0; k < num_terms; ++k) {
+      const char* p = terms[k]->data;
+      for (int d = 0; d < a.ndim; ++d) p += index[d] * terms[k]->strides[d];
+      rows[k] = load_row<T>(p, terms[k]->strides[inner], terms[k]->dtype, n, buffers[k]);
     }
     if (draws) {
       int64_t position = a.first_position;
@@ -191,12 +197,12 @@ void step_range(const StepArgs& a, int64_t begin, int64_t end) {
       const uint64_t seed = a.seeds ? (uint64_t)a.seeds[2 * index[0]] : a.seed;
       const uint64_t sample = a.seeds ? (uint64_t)a.seeds[2 * index[0] + 1] : (uint64_t)index[0];
       normals_of_range(noise, seed, a.step, sample, (uint64_t)position, n);
-      rows[a.num_terms] = load_row<T>(reinterpret_cast<const char*>(noise), 4, DType::float32, n, result);
+      rows[num_terms] = load_row<T>(reinterpret_cast<const char*>(noise), 4, DType::float32, n, result);
     }
     char* p = a.out.data;
     for (int d = 0; d < a.ndim; ++d) p += index[d] * a.out.strides[d];
     T* out = direct ? reinterpret_cast<T*>(p) : result;
-    combine_any<T>(out, rows, weights, a.num_terms + draws, n);
+    combine_any<T>(out, rows, weights, num_terms + draws, n);
     if (!direct) store_row<T>(p, a.out.strides[inner], a.out.dtype, n, result);
 
     e += n;
@@ -212,8 +218,6 @@ inline void step(const StepArgs& args, int64_t begin, int64_t end) {
   args.float64 ? step_range<double>(args, begin, end) : step_range<float>(args, begin, end);
 }
 
-inline void portable_noise(float* out, uint64_t seed, uint32_t step, uint64_t sample, uint64_t first, int64_t n) {
-  for (int64_t done = 0; done < n; done += kTile) {
-    normals_of_range(out + done, seed, step, sample, first + done, (int)(n - done < kTile ? n - done : kTile));
-  }
+inline void torch_noise(float* out, uint64_t seed, uint64_t offset, int64_t threads, int64_t first, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = torch_normal(seed, offset, (uint64_t)threads, (uint64_t)(first + i));
 }

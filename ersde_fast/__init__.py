@@ -1,6 +1,6 @@
 """ersde-fast: the ER-SDE sampler's step (arXiv 2309.06169) as one fused kernel, with exact weights."""
 
-from .noise import portable_noise
+from .noise import portable_noise, torch_noise
 from .noise_scaler import reverse_time_sde
 from .plan import Plan, er_sde_plan
 from .reference import reference_step
@@ -16,4 +16,5 @@ __all__ = [
     "reference_step",
     "reverse_time_sde",
     "sample_er_sde",
+    "torch_noise",
 ]

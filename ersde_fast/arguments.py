@@ -11,7 +11,17 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_step(
-    plan, i, x, history, noise=None, generator=None, seed=None, out=None, global_shape=None, global_start=None
+    plan,
+    i,
+    x,
+    history,
+    noise=None,
+    generator=None,
+    seed=None,
+    out=None,
+    global_shape=None,
+    global_start=None,
+    torch_layout=None,
 ) -> None:
     """Raises ValueError or TypeError, naming the argument, for anything the step cannot do."""
     if not isinstance(i, int) or isinstance(i, bool):
@@ -39,8 +49,19 @@ def check_step(
     if seed is not None:
         seed_table(seed, x.shape[0] if x.dim() else 1)
     _check_shard(x, seed, global_shape, global_start)
+    if torch_layout is not None:
+        check_torch_layout(torch_layout)
+        if noise is not None or seed is not None:
+            raise ValueError("torch_layout names torch's stream: give it without noise= and seed=")
     if out is not None:
         _check_out(out, x, history[: len(row.w_d)], noise)
+
+
+def check_torch_layout(torch_layout) -> None:
+    if not isinstance(torch_layout, (list, tuple)) or len(torch_layout) != 2 or not all(type(v) is int for v in torch_layout):
+        raise TypeError(f"torch_layout must be (multiprocessors, threads of each), whole numbers, got {torch_layout!r}")
+    if torch_layout[0] < 1 or torch_layout[1] < 256:
+        raise ValueError(f"torch_layout must have at least 1 multiprocessor of at least 256 threads, got {tuple(torch_layout)}")
 
 
 def _check_tensor(name: str, value) -> None:

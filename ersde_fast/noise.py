@@ -36,18 +36,53 @@ def portable_noise(
     shape = tuple(shape)
     seeds = seed_table(seed, shape[0] if shape else 1)
     device = torch.device(device)
-    if device.type == "cpu" and _C is not None:
-        noise = torch.empty(shape, dtype=torch.float32)
-        if noise.numel():
-            _C.portable_noise(noise, seeds, step & WORD)
+    if _C is not None and (device.type == "cpu" or (device.type == "cuda" and _C.has_cuda)):
+        noise = torch.empty(shape, dtype=torch.float32, device=device)
+        _C.portable_noise(noise, seeds, step)
     else:
         noise = specified_noise(shape, seeds.to(device), step)
     return noise.to(dtype)
 
 
+def torch_noise(
+    shape: Sequence[int],
+    seed: int,
+    offset: int = 0,
+    *,
+    torch_layout: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, int]:
+    """What `torch.randn` draws on a CUDA card under a seed and offset of its generator (torch 2.11 to 2.13).
+
+    On a CUDA device bit for bit; on the CPU to about 1e-6, since the card's sine and logarithm are its own.
+
+    Args:
+        shape: fewer than 2 GiB in all; larger tensors torch draws in pieces.
+        seed, offset: of the generator, `generator.initial_seed()` and `generator.get_offset()`.
+        torch_layout: (multiprocessors, threads of each) of the card: (80, 1536) is an A10G, (108, 2048) an A100.
+        dtype: float32, bfloat16 or float16; drawn in float32 and rounded once, as torch does.
+
+    Returns:
+        The noise, and the generator's offset after it.
+    """
+    from .arguments import check_torch_layout
+
+    check_torch_layout(torch_layout)
+    if _C is None:
+        raise RuntimeError("torch_noise needs the extension: pip install --no-build-isolation .")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    noise = torch.empty(shape, dtype=torch.float32, device=device)
+    grows = _C.torch_noise(noise, seed, offset, *torch_layout)
+    return noise.to(dtype), offset + grows
+
+
 def seed_table(seed, batch: int) -> Tensor:
-    """The seed argument as an int64 CPU tensor [batch, 2] of (seed as a signed word, sample)."""
+    """The seed argument as an int64 tensor [batch, 2] of (seed as a signed word, sample)."""
     if isinstance(seed, Tensor):
+        if seed.is_cuda and seed.dtype == torch.int64 and seed.shape == (batch, 2):
+            return seed  # on the device already, as a captured graph needs it: its values are not checked
         seed = seed.tolist()
     if _is_int(seed):
         pairs = [(seed, b) for b in range(batch)]

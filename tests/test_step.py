@@ -337,6 +337,10 @@ OVERLAPPING = torch.zeros(13)
         (dict(noise=1.0), TypeError, r"noise must be a tensor, got float"),
         (dict(noise=NOISE, generator=torch.Generator()), ValueError, r"noise and generator were given: name one source"),
         (dict(generator=7), TypeError, r"generator must be a torch.Generator, got int"),
+        (dict(torch_layout=(80,)), TypeError, r"torch_layout must be \(multiprocessors, threads of each\)"),
+        (dict(torch_layout=(0, 2048)), ValueError, r"at least 1 multiprocessor of at least 256 threads, got \(0, 2048\)"),
+        (dict(torch_layout=(80, 1536), seed=1), ValueError, r"torch_layout names torch's stream: give it without noise= and seed="),
+        (dict(torch_layout=(80, 1536)), ValueError, r'backend "cuda" cannot run this step|x is on cpu'),
         (dict(seed=1, noise=NOISE), ValueError, r"noise and seed were given: name one source"),
         (dict(seed=1, generator=torch.Generator()), ValueError, r"generator and seed were given: name one source"),
         (dict(seed=[1]), ValueError, r"seed must be one number or 2, one for each sample of the batch, got 1"),
@@ -357,7 +361,7 @@ OVERLAPPING = torch.zeros(13)
         (dict(noise=OVERLAPPING[:12].view(2, 6), out=OVERLAPPING[1:].view(2, 6)), ValueError, r"out overlaps noise partly"),
         (dict(x=OVERLAPPING[:12].view(6, 2).T, out=OVERLAPPING[:12].view(2, 6)), ValueError, r"out overlaps x partly"),
         (dict(x=X.clone().requires_grad_(), out=torch.zeros(2, 6)), ValueError, r"out must not be given where a gradient"),
-        (dict(backend="metal"), ValueError, r"backend must be one of cpu, .*got 'metal'"),
+        (dict(backend="metal"), ValueError, r"backend must be one of cuda, triton, cpu, reference, got 'metal'"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments, error, message):
@@ -371,7 +375,8 @@ def test_bad_input(arguments, error, message):
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
-    monkeypatch.setattr(ersde_fast.step, "_NO_CPU", "no compiler was found")
+    monkeypatch.setattr(ersde_fast.step, "_C", None)
+    monkeypatch.setitem(ersde_fast.step.REASONS, "cpu", "no compiler was found")
     assert ersde_fast.available_backends()["cpu"] == "no compiler was found"
     with pytest.raises(ValueError, match='backend "cpu" cannot run this step: no compiler was found'):
         fast_step(PLANS[3], 4, X, HISTORY, backend="cpu")
@@ -380,5 +385,5 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 def test_without_the_extension_the_reference_runs(monkeypatch):
     expected = reference_step(PLANS[3], 4, X, HISTORY, noise=NOISE)
     monkeypatch.setattr(ersde_fast.step, "_C", None)
-    monkeypatch.setattr(ersde_fast.step, "_NO_CPU", "no compiler was found")
+    monkeypatch.setitem(ersde_fast.step.REASONS, "cpu", "no compiler was found")
     assert torch.equal(fast_step(PLANS[3], 4, X, HISTORY, noise=NOISE), expected)
