@@ -265,7 +265,8 @@ py::object step(const at::Tensor& weights, py::handle i, py::handle x_object, py
   if (!generator.is_none()) {
     if (!THPGenerator_Check(generator.ptr())) return py::none();
     torch_generator = py::cast<at::Generator>(generator);
-    if (torch_generator->device() != x.device()) return py::none();
+    const at::Device on = torch_generator->device();  // its index may be left open
+    if (on.type() != x.device().type() || (on.has_index() && x.device().has_index() && on != x.device())) return py::none();
   }
   if (!seed.is_none() && !set_seeds(a, seed, x.device(), seeds)) return py::none();
 

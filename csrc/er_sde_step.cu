@@ -86,7 +86,6 @@ __device__ __forceinline__ void store(float* p, float v) { *p = v; }
 __device__ __forceinline__ void store(__nv_bfloat16* p, float v) { *p = __float2bfloat16_rn(v); }
 __device__ __forceinline__ void store(__half* p, float v) { *p = __float2half_rn(v); }
 // Torch rounds the noise itself to the tensor's type before anything is done with it.
-__device__ __forceinline__ float rounded(float v, float) { return v; }
 __device__ __forceinline__ float rounded(float v, __nv_bfloat16) { return __bfloat162float(__float2bfloat16_rn(v)); }
 __device__ __forceinline__ float rounded(float v, __half) { return __half2float(__float2half_rn(v)); }
 
@@ -195,6 +194,19 @@ __global__ void __launch_bounds__(kThreads) step_vectors(const __grid_constant__
   }
 }
 
+// Numbers i and i + 1 of the 16 bytes `words`, in the storage type: torch rounds its noise to that before anything else.
+template <typename T>
+__device__ __forceinline__ void put_pair(uint32_t (&words)[4], int i, float first, float second) {
+  if constexpr (sizeof(T) == 4) {
+    words[i] = as_bits(first);
+    words[i + 1] = as_bits(second);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    words[i / 2] = bits_of(__floats2half2_rn(first, second));
+  } else {
+    words[i / 2] = bits_of(__floats2bfloat162_rn(first, second));
+  }
+}
+
 // With torch's stream: a thread draws for N neighbouring subsequences, each of which serves four places, torch_threads
 // elements apart, so that it owns 16 bytes in each of four segments. blockIdx.y strides over the blocks of the stream.
 template <typename T, int K>
@@ -205,25 +217,49 @@ __global__ void __launch_bounds__(kThreads, 2) step_vectors_torch(const __grid_c
   const uint64_t offset = a.torch_offset + (a.torch_offset_pointer ? (uint64_t)*a.torch_offset_pointer : 0u);
   const int64_t first = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * N, stride = 4 * a.torch_threads;
   if (first >= a.torch_threads) return;
-  for (int64_t block = blockIdx.y; block * stride < a.size; block += gridDim.y) {
-    float z[4][N];
+
+  uint32_t drawn[4][4];
+  const auto draw = [&](int64_t block) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const Words w = torch_words(seed, offset, (uint64_t)block, (uint64_t)(first + i));
-      torch_pair(w.x, w.y, z[0][i], z[1][i]);
-      torch_pair(w.z, w.w, z[2][i], z[3][i]);
+    for (int i = 0; i < N; i += 2) {
+      float z[2][4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const Words w = torch_words(seed, offset, (uint64_t)block, (uint64_t)(first + i + j));
+        torch_pair(w.x, w.y, z[j][0], z[j][1]);
+        torch_pair(w.z, w.w, z[j][2], z[j][3]);
+      }
+#pragma unroll
+      for (int place = 0; place < 4; ++place) put_pair<T>(drawn[place], i, z[0][place], z[1][place]);
     }
+  };
+  const auto noise_of = [&](int place, float (&z)[N]) {
+    unpack_as<T>(make_uint4(drawn[place][0], drawn[place][1], drawn[place][2], drawn[place][3]), z);
+  };
+  const int64_t whole = a.size / stride;
+  int64_t block = blockIdx.y;
+  for (; block < whole; block += gridDim.y) {
+    draw(block);
+#pragma unroll
+    for (int place = 0; place < 4; ++place) {
+      float z[N];
+      noise_of(place, z);
+      step_vector<T, K, true>(a, weights, (block * stride + place * a.torch_threads + first) / N, z);
+    }
+  }
+  if (block == whole && whole * stride < a.size) {  // the last block of the stream serves fewer elements
+    draw(block);
 #pragma unroll
     for (int place = 0; place < 4; ++place) {
       const int64_t e = block * stride + place * a.torch_threads + first;
-#pragma unroll
-      for (int i = 0; i < N; ++i) z[place][i] = rounded(z[place][i], T());
+      float z[N];
+      noise_of(place, z);
       if (e + N <= a.size) {
-        step_vector<T, K, true>(a, weights, e / N, z[place]);
+        step_vector<T, K, true>(a, weights, e / N, z);
       } else {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          if (e + i < a.size) step_scalar<T, K>(a, weights, e + i, true, z[place][i]);
+          if (e + i < a.size) step_scalar<T, K>(a, weights, e + i, true, z[i]);
         }
       }
     }

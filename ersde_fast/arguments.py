@@ -134,7 +134,7 @@ def _bytes(tensor: Tensor) -> tuple[int, int]:
 
 def _marked(tensor: Tensor, start: int, end: int) -> Tensor:
     """Which bytes of [start, end) the elements of a tensor cover."""
-    marks = torch.zeros(end - start, dtype=torch.bool)
+    marks = torch.zeros(end - start, dtype=torch.bool, device="cpu")
     size = tensor.element_size()
     strides = [stride * size for stride in tensor.stride()]
     marks.as_strided([*tensor.shape, size], [*strides, 1], tensor.data_ptr() - start).fill_(True)

@@ -98,7 +98,7 @@ def seed_table(seed, batch: int) -> Tensor:
         if not 0 <= pair[1] < MAX_SAMPLE:
             raise ValueError(f"seed must have samples from 0 to 2^48 - 1, got {pair[1]} in {tuple(pair)}")
     signed = [((int(s) + 2**63) % 2**64 - 2**63, int(sample)) for s, sample in pairs]
-    return torch.tensor(signed, dtype=torch.int64).reshape(batch, 2)
+    return torch.tensor(signed, dtype=torch.int64, device="cpu").reshape(batch, 2)
 
 
 def _is_int(value) -> bool:
@@ -161,7 +161,7 @@ def philox(key: tuple, counter: tuple) -> tuple:
 
 
 def _float32(bits: int) -> float:
-    return torch.tensor(bits, dtype=torch.int64).to(torch.uint32).view(torch.float32).item()
+    return torch.tensor(bits, dtype=torch.int64, device="cpu").to(torch.uint32).view(torch.float32).item()
 
 
 LOG = [_float32(b) for b in (0xBE99E978, 0x3E9C2A6D, 0xBE8CD34E, 0x3EA872CA, 0xBECD1B0D, 0x3F0006C3, 0xBF2AA9E8, 0x3F800000, 0xC0000000)]  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 from .noise_scaler import NoiseScaler, get_noise_scaler
 
 EPS = torch.finfo(torch.float64).eps
+CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
 MAX_ORDER = {"taylor": 3, "newton": 5}
 
 _GAUSS_X, _GAUSS_W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
@@ -171,7 +172,8 @@ def _schedule(name: str, values) -> Tensor:
     try:
         if isinstance(values, np.ndarray):
             values = values.copy()  # as_tensor refuses negative strides, which a flipped schedule has
-        schedule = torch.as_tensor(values, dtype=torch.float64).detach().to("cpu", copy=True)
+        values = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64, device=CPU)
+        schedule = values.detach().to(CPU, torch.float64, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a list, array or tensor of real numbers, got {type(values).__name__}: {error}"
@@ -222,7 +224,7 @@ def _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scal
     """The table [num_steps, order + 2], and the check of its invariants."""
     order = max(orders)
     l_s, l_t = er_lambdas[:-1], er_lambdas[1:]
-    weights = torch.zeros(len(l_s), order + 2, dtype=torch.float64)
+    weights = torch.zeros(len(l_s), order + 2, dtype=torch.float64, device=CPU)
 
     still = l_s == l_t
     weights[:, 0] = torch.where(still, torch.where(alphas[:-1] > 0, alphas[1:] / alphas[:-1], sigmas[1:] / sigmas[:-1]), 0.0)
@@ -282,9 +284,9 @@ def _distinct_nodes(er_lambdas: Tensor, orders: tuple[int, ...], node_scale: flo
     Of repeated nodes only the newest counts; a node at infinity counts only where node_scale makes it an ordinary one.
     """
     num_steps, order = len(orders), max(orders)
-    step, slot = torch.arange(num_steps)[:, None], torch.arange(order)
+    step, slot = torch.arange(num_steps, device=CPU)[:, None], torch.arange(order, device=CPU)
     node = (step - slot).clamp(min=0)
-    usable = (slot <= step) & (slot < torch.tensor(orders)[:, None])
+    usable = (slot <= step) & (slot < torch.tensor(orders, device=CPU)[:, None])
     usable &= (slot == 0) | (er_lambdas[node] != er_lambdas[node + 1])
     if math.isinf(node_scale):
         usable &= (slot == 0) | torch.isfinite(er_lambdas[node])
@@ -303,7 +305,7 @@ class _Panels(NamedTuple):
     num_rows: int
 
     def integrate(self, f: Tensor) -> Tensor:
-        return torch.zeros(self.num_rows, dtype=torch.float64).index_add_(0, self.row, (self.w * f).sum(1))
+        return torch.zeros(self.num_rows, dtype=torch.float64, device=CPU).index_add_(0, self.row, (self.w * f).sum(1))
 
 
 def _panels(l_s: Tensor, l_t: Tensor, noise_scaler: NoiseScaler, node_scale: float, points: int | None) -> _Panels:
@@ -315,7 +317,7 @@ def _panels(l_s: Tensor, l_t: Tensor, noise_scaler: NoiseScaler, node_scale: flo
     if math.isfinite(node_scale):
         reach = torch.minimum(distance, math.log(1e17) + torch.log(l_t.clamp(min=node_scale)) - torch.log(l_t))
     count = torch.ceil(reach / 2).clamp(min=1).long()
-    row, index = (torch.arange(int(count.max())) < count[:, None]).nonzero(as_tuple=True)
+    row, index = (torch.arange(int(count.max()), device=CPU) < count[:, None]).nonzero(as_tuple=True)
     width = (reach / count)[row, None]
     y = width * (index[:, None] + (1 + _GAUSS_X) / 2)
     l = l_t[row, None] * torch.exp(y)
@@ -325,12 +327,14 @@ def _panels(l_s: Tensor, l_t: Tensor, noise_scaler: NoiseScaler, node_scale: flo
 
 def _riemann_panels(l_s: Tensor, l_t: Tensor, noise_scaler: NoiseScaler, points: int) -> _Panels:
     h = ((l_s - l_t) / points)[:, None]
-    l = l_t[:, None] + h * torch.arange(points, dtype=torch.float64)
+    l = l_t[:, None] + h * torch.arange(points, dtype=torch.float64, device=CPU)
     y = _log_ratio(l, l_t[:, None])
     inverse = torch.exp(-(y + noise_scaler.log_growth(l_t[:, None], y)))
     ends = torch.stack([l_t, l_s], dim=1)
     half = ((l_s - l_t) / 2)[:, None].expand(-1, 2)
-    return _Panels(torch.arange(len(l_s)), torch.cat([ends, l], dim=1), torch.cat([half, -h * inverse], dim=1), len(l_s))
+    return _Panels(
+        torch.arange(len(l_s), device=CPU), torch.cat([ends, l], dim=1), torch.cat([half, -h * inverse], dim=1), len(l_s)
+    )
 
 
 def _taylor(panels: _Panels, nodes: Tensor, node_scale: float) -> Tensor:

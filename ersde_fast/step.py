@@ -117,7 +117,7 @@ def fast_step(
     torch_stream = draws_torch and x.is_cuda and _C is not None and _C.has_cuda and _torch_stream_is_as_here(x.device)
     if torch_layout is not None and draws_torch and not torch_stream:
         raise ValueError(f"torch_layout cannot be drawn on {x.device}: torch's stream there is not the one that is known")
-    if draws_torch and not torch_stream:
+    if draws_torch and not torch_stream and backend in ("cuda", "cpu"):
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         generator = None
     if backend in ("cuda", "cpu"):
@@ -129,7 +129,7 @@ def fast_step(
         return _triton_step(plan, i, x, history, noise, generator, seed, out, *shard)
     if seed is not None:
         noise = draw_portable(plan, i, x, seed, global_shape, global_start)
-    elif draws_torch and noise is None:
+    elif draws_torch:
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     result = combine(row, x, history, noise)
     return result if out is None else out.copy_(result)
@@ -138,17 +138,20 @@ def fast_step(
 def _triton_step(plan, i, x, history, noise, generator, seed, out, global_shape, global_start) -> Tensor:
     from .kernels import er_sde_step
 
-    row, seeds = plan.rows[i], None
+    row, seeds, torch_stream = plan.rows[i], None, None
+    out = torch.empty_like(x) if out is None else out
+    if x.numel() == 0:
+        return out
     if seed is not None and global_shape:
         noise = draw_portable(plan, i, x, seed, global_shape, global_start)
     elif seed is not None:
         seeds = seed_table(seed, x.shape[0] if x.dim() else 1).to(x.device, non_blocking=True)
     elif noise is None and row.w_noise != 0:
-        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    out = torch.empty_like(x) if out is None else out
-    if x.numel() == 0:
-        return out
-    return er_sde_step.step(row, x, history, out, noise, seeds, plan.first_step + i)
+        if er_sde_step.draws_as_torch(x):
+            torch_stream = er_sde_step.take_torch_stream(x, generator)
+        else:
+            noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    return er_sde_step.step(row, x, history, out, noise, seeds, plan.first_step + i, torch_stream)
 
 
 def _torch_stream_is_as_here(device: torch.device) -> bool:

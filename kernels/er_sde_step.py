@@ -5,12 +5,15 @@ one sample (portable noise: whole groups of four), or BLOCK neighbouring subsequ
 four places `threads` elements apart. Tensors are contiguous here: the wrapper copies those that are not.
 """
 
+import functools
 import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ersde_fast.plan import Row
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024
@@ -218,3 +221,46 @@ def step(row, x: Tensor, history, out: Tensor, noise=None, seeds=None, step=0, t
         SOURCE=source, WIDE=any(t.dtype == torch.float64 for t in used), BLOCK=BLOCK, **options,
     )  # fmt: skip
     return out if result is out else out.copy_(result)
+
+
+def torch_threads(size: int, device: torch.device) -> int:
+    """Threads that torch.randn runs for `size` elements on this card (torch 2.11 to 2.13)."""
+    card = torch.cuda.get_device_properties(device)
+    return 256 * min(-(-size // 256), card.multi_processor_count * (card.max_threads_per_multi_processor // 256))
+
+
+def take_torch_stream(x: Tensor, generator: torch.Generator | None) -> tuple[int, int, int]:
+    """(seed, offset, threads) of what torch.randn would draw for x, the generator advanced as by torch.randn."""
+    index = torch.cuda.current_device() if x.device.index is None else x.device.index
+    generator = torch.cuda.default_generators[index] if generator is None else generator
+    threads, offset = torch_threads(x.numel(), x.device), generator.get_offset()
+    generator.set_offset(offset + ((x.numel() - 1) // (4 * threads) + 1) * 4)
+    return generator.initial_seed(), offset, threads
+
+
+def draws_as_torch(x: Tensor) -> bool:
+    """Whether the kernel can draw torch's stream for x: on NVIDIA GPUs, outside of graph capture, as compared on first use.
+
+    float64 is drawn otherwise by torch, and tensors of 2 GiB and more in pieces: those take torch.randn.
+    """
+    if not x.is_cuda or torch.version.cuda is None or x.dtype == torch.float64 or torch.cuda.is_current_stream_capturing():
+        return False
+    return x.numel() * x.element_size() < 2**31 and _compare_with_torch(x.device, x.dtype)
+
+
+@functools.cache
+def _compare_with_torch(device: torch.device, dtype: torch.dtype) -> bool:
+    generator = torch.Generator(device).manual_seed(0x5EED_0123_4567)
+    torch.randn(3, device=device, generator=generator)
+    noise_alone = Row(0.0, (), 1.0)
+    for size in (4099, 300_007):
+        drawn = torch.empty(size, dtype=dtype, device=device)
+        before = generator.get_offset()
+        stream = take_torch_stream(drawn, generator)
+        after = generator.get_offset()
+        generator.set_offset(before)
+        expected = torch.randn(size, dtype=dtype, device=device, generator=generator)
+        step(noise_alone, drawn, [], drawn, torch_stream=stream)
+        if generator.get_offset() != after or not torch.equal(drawn, expected):
+            return False
+    return True

@@ -8,8 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
-import ersde_fast
-
 HALF_ULP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 
@@ -21,9 +19,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-@pytest.fixture(params=[name for name, reason in ersde_fast.available_backends().items() if reason is None])
+GPU_BACKENDS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]
+
+
+@pytest.fixture(params=["cpu", "reference", *GPU_BACKENDS])
 def backend(request):
-    return request.param
+    """Each backend, with the device that it runs on as the default one."""
+    with torch.device("cuda" if request.param in ("cuda", "triton") else "cpu"):
+        yield request.param
 
 
 def assert_step_exact(result, plan, i, x, history, noise=None):

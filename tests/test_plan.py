@@ -324,6 +324,15 @@ def test_the_plan_keeps_a_copy():
         plan.s_noise = 2.0
 
 
+def test_another_default_device_does_not_matter():
+    for options in (dict(), dict(method="newton", order=5, node_scale=4.0), dict(integration_points=100)):
+        expected = er_sde_plan(karras(9), **options).weights
+        sigmas = torch.from_numpy(karras(9))
+        with torch.device("meta"):
+            plan = er_sde_plan(sigmas, **options)
+        assert torch.equal(plan.weights, expected)
+
+
 # ---- bad input ----
 
 

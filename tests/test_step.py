@@ -1,6 +1,7 @@
 """The fused step: every backend within the error bound of exact arithmetic, its properties, and what it refuses."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -18,10 +19,15 @@ ODE = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], noise_scaler="ode")
 
 def inputs(shape, n, dtype=torch.float32, other=None, seed=0):
     """x, history, noise of a shape; predictions and noise in another dtype if one is named."""
-    g = torch.Generator().manual_seed(seed)
-    x, *rest = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(n + 2))
+    g = torch.Generator("cpu").manual_seed(seed)
+    x, *rest = (torch.randn(shape, generator=g, dtype=torch.float64, device="cpu").to(here()) for _ in range(n + 2))
     rest = [r.to(other or dtype) for r in rest]
     return x.to(dtype) * 5, rest[:n], rest[n]
+
+
+def here():
+    """The device of the backend under test."""
+    return torch.get_default_device()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -201,7 +207,7 @@ def test_out_between_the_elements_of_x(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_is_what_torch_would_draw(backend, dtype):
     x, history, _ = inputs((2, 3, 5), 3, dtype)
-    g, same = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    g, same = torch.Generator(here()).manual_seed(5), torch.Generator(here()).manual_seed(5)
     result = fast_step(PLANS[3], 4, x, history, generator=g, backend=backend)
     noise = torch.randn(x.shape, dtype=dtype, generator=same)
     assert torch.equal(result, fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend))
@@ -219,11 +225,12 @@ def test_without_a_source_torchs_default_generator_draws(backend):
 @pytest.mark.parametrize("plan, i", [(ODE, 2), (PLANS[3], 5), (er_sde_plan([3, 2, 1], s_noise=0), 0)])
 def test_nothing_is_drawn_where_no_noise_is_added(backend, plan, i):
     x, history, _ = inputs((2, 5), 3)
-    g = torch.Generator().manual_seed(5)
-    before = g.get_state(), torch.get_rng_state()
+    g = torch.Generator(here()).manual_seed(5)
+    state = torch.cuda.get_rng_state if here().type == "cuda" else torch.get_rng_state
+    before = g.get_state(), state()
     fast_step(plan, i, x, history, generator=g, backend=backend)
     fast_step(plan, i, x, history, backend=backend)
-    assert torch.equal(g.get_state(), before[0]) and torch.equal(torch.get_rng_state(), before[1])
+    assert torch.equal(g.get_state(), before[0]) and torch.equal(state(), before[1])
 
 
 # ---- portable noise ----
@@ -234,7 +241,7 @@ def test_nothing_is_drawn_where_no_noise_is_added(backend, plan, i):
 def test_portable_noise_in_the_step(backend, dtype, layout):
     """The step draws what portable_noise gives, by the logical position, whatever the strides and dtype."""
     x, history, _ = inputs((3, 2, 5, 7), 3, dtype)
-    noise = portable_noise(x.shape, 77, step=4)
+    noise = portable_noise(x.shape, 77, step=4, device=x.device)
     assert noise.dtype == torch.float32
     x = LAYOUTS[layout](x)
     result = fast_step(PLANS[3], 4, x, history, seed=77, backend=backend)
@@ -247,7 +254,9 @@ def test_portable_noise_in_the_step(backend, dtype, layout):
 def test_portable_noise_of_any_shape(backend, shape):
     x, history, _ = inputs(shape, 3)
     result = fast_step(PLANS[3], 4, x, history, seed=-3, backend=backend)
-    assert torch.equal(result, fast_step(PLANS[3], 4, x, history, noise=portable_noise(shape, -3, step=4), backend=backend))
+    assert torch.equal(
+        result, fast_step(PLANS[3], 4, x, history, noise=portable_noise(shape, -3, step=4, device=x.device), backend=backend)
+    )
 
 
 def test_the_plans_first_step_counts(backend):
@@ -267,10 +276,10 @@ def test_any_split_gives_the_same_bits(backend, dtype):
     order = [2, 0, 1]
     mixed = fast_step(PLANS[3], 4, x[order], [d[order] for d in history], seed=[7, 5, 6], backend=backend)
     assert torch.equal(mixed, whole[order])
-    g = torch.Generator().manual_seed(1)
+    rng = random.Random(1)
     for _ in range(20):
-        start = [int(torch.randint(0, n, (), generator=g)) for n in shape[1:]]
-        size = [int(torch.randint(1, n - s + 1, (), generator=g)) for n, s in zip(shape[1:], start, strict=True)]
+        start = [rng.randrange(n) for n in shape[1:]]
+        size = [rng.randint(1, n - s) for n, s in zip(shape[1:], start, strict=True)]
         part = (slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))
         shard = fast_step(
             PLANS[3],
@@ -289,7 +298,7 @@ def test_a_shard_far_into_a_huge_sample(backend):
     x, history, _ = inputs((1, 3, 5), 3)
     where = dict(global_shape=(2**31, 1000), global_start=(2**31 - 3, 995))
     result = fast_step(PLANS[3], 4, x, history, seed=5, backend=backend, **where)
-    noise = specified_noise((1, 3, 5), seed_table(5, 1), 4, *where.values())
+    noise = specified_noise((1, 3, 5), seed_table(5, 1), 4, *where.values()).to(x.device)
     assert torch.equal(result, fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend))
 
 

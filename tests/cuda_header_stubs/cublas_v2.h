@@ -1,0 +1,3 @@
+#pragma once
+using cublasHandle_t = struct cublasContext*;
+using cublasStatus_t = int;

@@ -1,0 +1,2 @@
+#pragma once
+using cusolverStatus_t = int;

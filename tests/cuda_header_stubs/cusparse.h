@@ -1,0 +1,3 @@
+#pragma once
+using cusparseHandle_t = struct cusparseContext*;
+using cusparseStatus_t = int;

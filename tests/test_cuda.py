@@ -1,0 +1,176 @@
+"""On a GPU: torch's stream bit for bit, the portable stream's golden bits, captured graphs, and no hidden work."""
+
+import pytest
+import torch
+
+import ersde_fast
+from ersde_fast import er_sde_plan, fast_step, portable_noise, torch_noise
+from ersde_fast.noise import seed_table, specified_noise
+from ersde_fast.step import _C
+
+pytestmark = pytest.mark.gpu
+PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+BACKENDS = ["cuda", "triton"]
+
+
+def inputs(shape, dtype=torch.float32):
+    torch.manual_seed(0)
+    x, *history = (torch.randn(shape, dtype=dtype, device="cuda") for _ in range(4))
+    return x, history
+
+
+def bits(t):
+    return t.view(torch.int64 if t.dtype == torch.float64 else torch.int32 if t.dtype == torch.float32 else torch.int16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "size", [1, 2, 3, 4, 5, 255, 256, 257, 1023, 4097, 65536, 270_335, 270_337, 1_081_345, 5_000_003, 64_000_003]
+)
+def test_torchs_stream_bit_for_bit(backend, dtype, size):
+    """The step that draws equals the step that reads torch.randn, and leaves the generator where torch.randn does."""
+    x, history = inputs(size, dtype)
+    drawn, read = torch.Generator("cuda").manual_seed(2**40 + 7), torch.Generator("cuda").manual_seed(2**40 + 7)
+    for odd in (1, 3, 1000):  # the stream continues after whatever else was drawn
+        for g in (drawn, read):
+            torch.randn(odd, device="cuda", generator=g)
+        result = fast_step(PLAN, 3, x, history, generator=drawn, backend=backend)
+        noise = torch.randn(size, dtype=dtype, device="cuda", generator=read)
+        assert torch.equal(bits(result), bits(fast_step(PLAN, 3, x, history, noise=noise, backend=backend)))
+        assert drawn.get_offset() == read.get_offset()
+
+
+def test_the_stream_was_compared_and_found_as_here():
+    x, history = inputs(1000)
+    fast_step(PLAN, 3, x, history)
+    assert _C.torch_stream(torch.cuda.current_device()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_generator(dtype):
+    x, history = inputs((2, 3, 1001), dtype)
+    torch.cuda.manual_seed(5)
+    result = fast_step(PLAN, 3, x, history)
+    after = torch.cuda.get_rng_state()
+    torch.cuda.manual_seed(5)
+    noise = torch.randn(x.shape, dtype=dtype, device="cuda")
+    assert torch.equal(torch.cuda.get_rng_state(), after)
+    assert torch.equal(result, fast_step(PLAN, 3, x, history, noise=noise))
+
+
+def test_strided_tensors_draw_by_logical_position():
+    x, history = inputs((2, 3, 64, 65))
+    x = x.contiguous(memory_format=torch.channels_last)
+    g, same = torch.Generator("cuda").manual_seed(5), torch.Generator("cuda").manual_seed(5)
+    result = fast_step(PLAN, 3, x, history, generator=g)
+    noise = torch.randn(x.shape, device="cuda", generator=same)
+    assert torch.equal(result, fast_step(PLAN, 3, x, history, noise=noise))
+
+
+def test_another_cards_stream():
+    """(multiprocessors, threads) of this card gives this card's; of another, what the CPU computes for it, to its rounding."""
+    x, history = inputs((4, 100_003))
+    card = torch.cuda.get_device_properties(0)
+    here = (card.multi_processor_count, card.max_threads_per_multi_processor)
+    g = lambda: torch.Generator("cuda").manual_seed(5)  # noqa: E731
+    assert torch.equal(
+        fast_step(PLAN, 3, x, history, generator=g(), torch_layout=here), fast_step(PLAN, 3, x, history, generator=g())
+    )
+    result = fast_step(PLAN, 3, x, history, generator=g(), torch_layout=(20, 1536))
+    noise, _ = torch_noise(x.shape, 5, torch_layout=(20, 1536))
+    expected = fast_step(PLAN, 3, x, history, noise=noise.cuda())
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
+    assert not torch.allclose(result, fast_step(PLAN, 3, x, history, generator=g()))
+
+
+@pytest.mark.parametrize("shape", [(3, 2_500_000), (1, 10_000_003), (5, 4097), (300, 7)])
+def test_portable_noise_has_the_same_bits(shape):
+    seeds = [(2**63 + 5, k << 33) for k in range(shape[0])]
+    noise = portable_noise(shape, seeds, step=-1, device="cuda")
+    assert torch.equal(bits(noise).cpu(), bits(portable_noise(shape, seeds, step=-1)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(3, 500_000), (1, 1_000_003), (5, 4097), (300, 7), (2, 3, 64, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_has_the_cpus_bits(backend, shape, dtype):
+    """Same predictions, same seed: the same float32 chain in the same order, on the CPU and on the GPU."""
+    x, history = inputs(shape, dtype)
+    for seed in (7, list(range(shape[0]))):
+        result = fast_step(PLAN, 3, x, history, seed=seed, backend=backend)
+        on_cpu = fast_step(PLAN, 3, x.cpu(), [d.cpu() for d in history], seed=seed, backend="cpu")
+        assert torch.equal(bits(result).cpu(), bits(on_cpu))
+
+
+def test_more_than_two_to_the_31_elements():
+    size = 2**31 + 12
+    if torch.cuda.mem_get_info()[0] < 5 * size:
+        pytest.skip("needs 10 GiB of GPU memory")
+    x = torch.zeros(1, size, dtype=torch.bfloat16, device="cuda")
+    plan = er_sde_plan([2.0, 1.0], order=1)
+    result = fast_step(plan, 0, x, [x], seed=3, out=x)
+    tail = specified_noise((1, 16), seed_table(3, 1), 0, (size,), (size - 16,))
+    expected = (plan.rows[0].w_noise * tail).bfloat16()
+    torch.testing.assert_close(result[:, -16:].cpu(), expected)
+
+
+def test_no_synchronisation_and_one_kernel():
+    x, history = inputs((2, 4, 64, 64))
+    fast_step(PLAN, 3, x, history)
+    seeds = seed_table([1, 2], 2).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for kwargs in ({}, {"seed": 1}, {"seed": seeds}, {"noise": history[0]}):
+            fast_step(PLAN, 3, x, history, **kwargs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        fast_step(PLAN, 3, x, history)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1 and "step_vectors" in kernels[0]
+
+
+def test_captured_in_a_graph():
+    """Fresh noise at each replay from a registered generator, and the generator advances."""
+    x, history = inputs((2, 4, 64, 64))
+    g = torch.Generator("cuda").manual_seed(5)
+    fast_step(PLAN, 3, x, history, generator=g)
+    out = torch.empty_like(x)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(g)
+    with torch.cuda.graph(graph):
+        fast_step(PLAN, 3, x, history, generator=g, out=out)
+    g.manual_seed(9)
+    same = torch.Generator("cuda").manual_seed(9)
+    results = []
+    for _ in range(3):
+        graph.replay()
+        results.append(out.clone())
+        assert torch.equal(out, fast_step(PLAN, 3, x, history, generator=same))
+    assert not torch.equal(results[0], results[1])
+
+
+def test_weights_and_row_from_device_memory():
+    """The table and the index of the row in device memory: one captured graph steps any row of any table."""
+    x, history = inputs((2, 4, 64, 64))
+    other = er_sde_plan([5, 4, 3, 2, 1, 0.5, 0])
+    table, row = PLAN.weights.cuda(), torch.zeros((), dtype=torch.int64, device="cuda")
+    out = torch.empty_like(x)
+    step = lambda: _C.step(table, row, x, history, None, None, 7, 0, out, True, [], [], [])  # noqa: E731
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for plan in (PLAN, other):
+        table.copy_(plan.weights)
+        for i in range(plan.num_steps):
+            row.fill_(i)
+            graph.replay()
+            assert torch.equal(out, fast_step(plan, i, x, history, seed=7)), i
+
+
+def test_available():
+    assert ersde_fast.available_backends()["cuda"] is None and ersde_fast.available_backends()["triton"] is None

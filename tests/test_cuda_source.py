@@ -1,0 +1,148 @@
+"""The CUDA sources on a machine without a GPU: compiled for each architecture, read as machine code, and run as C++."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+BUDGETS = {
+    "float": 100,
+    "__nv_bfloat16": 65,
+    "__half": 65,
+}  # instructions an element, order 3, noise drawn: below them memory is the limit
+
+
+def cuda_include():
+    """The toolkit's headers, as nvcc itself finds them."""
+    said = subprocess.run([NVCC, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    return re.search(r'INCLUDES="-I([^"]+?)"', said)[1].strip()
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
+def compiled(request, tmp_path_factory):
+    """What ptxas says, and the object file, for one architecture."""
+    out = tmp_path_factory.mktemp("cuda") / f"{request.param}.o"
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-O3",
+        f"-arch={request.param}",
+        "-Xptxas",
+        "-v",
+        "-c",
+        ROOT / "csrc" / "er_sde_step.cu",
+        "-o",
+        out,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return request.param, result.stderr, out
+
+
+def test_no_spills_and_no_local_memory(compiled):
+    _, said, _ = compiled
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    kernels = said.count("Compiling entry function")
+    assert kernels >= 60 and len(frames) >= kernels
+    assert all(frame == ("0", "0", "0") for frame in frames)
+
+
+def machine_code(path):
+    """Kernel name to its instructions, from cuobjdump, which comes with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    functions = {}
+    for part in text.split("Function : ")[1:]:
+        name = subprocess.run(["c++filt", part.split()[0]], capture_output=True, text=True).stdout
+        name = re.sub(r"\(ersde::Noise\)|\(anonymous namespace\)::|ersde::|^void ", "", name).split("(")[0].strip()
+        functions[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", part)
+    return functions
+
+
+def main_loop(instructions):
+    """The instructions of the widest backward branch that holds a 128-bit store: one turn of the grid-stride loop."""
+    addresses = range(len(instructions))
+    best = []
+    for at in addresses:
+        if (m := re.search(r"BRA.*?0x([0-9a-f]+)", instructions[at])) and "BRA" in instructions[at]:
+            target = int(m[1], 16) // 16
+            body = instructions[target : at + 1] if target < at else []
+            if any("STG" in i and ".128" in i for i in body) and (not best or len(body) < len(best)):
+                best = body
+    return best
+
+
+def test_aligned_paths_move_128_bits_and_fit_the_budget(compiled, capsys):
+    """The kernels of order 3: every global access of the loop is 128 bits wide, and arithmetic is not the limit."""
+    arch, said, path = compiled
+    kernels = machine_code(path)
+    lines = []
+    for dtype, elements in [("float", 4), ("__nv_bfloat16", 8), ("__half", 8)]:
+        for kernel, turns in [("step_vectors", 1), ("step_vectors_torch", 4)]:
+            names = [n for n in kernels if n in (f"{kernel}<{dtype}, 4, 1>", f"{kernel}<{dtype}, 4>")]
+            assert len(names) == 1, (kernel, dtype, list(kernels)[:5])
+            code = kernels[names[0]]
+            assert not any(re.search(r"\b(LDL|STL)\b", i) for i in code)
+            wide = [i for i in code if re.search(r"\b(LDG|STG)\b", i) and ".128" in i]
+            assert sum("LDG" in i for i in wide) >= 4 * turns and sum("STG" in i for i in wide) >= turns
+            loop = main_loop(code)
+            each = len(loop) / (elements * turns)
+            lines.append(f"{arch} {kernel}<{dtype}, 4>: {each:.0f} instructions an element (budget on sm_90: {BUDGETS[dtype]})")
+            assert each > 0
+            if arch == "sm_90":
+                assert each <= BUDGETS[dtype], lines[-1]
+    registers = sorted(int(r) for r in re.findall(r"Used (\d+) registers", said))
+    with capsys.disabled():
+        print("", *lines, f"{arch}: {registers[0]} to {registers[-1]} registers", sep="\n  ")
+
+
+def test_the_binding_type_checks_with_cuda():
+    """binding.cpp with its CUDA half, against the CUDA headers that every build of torch ships."""
+    include = Path(torch.__path__[0]) / "include"
+    folders = [
+        ROOT / "tests" / "cuda_header_stubs",
+        cuda_include(),
+        include,
+        include / "torch/csrc/api/include",
+        sysconfig.get_paths()["include"],
+    ]
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-DERSDE_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C"]
+    command += [f"-I{folder}" for folder in folders] + [ROOT / "csrc" / "binding.cpp"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_kernels_run_as_cpp_under_the_sanitizers(tmp_path):
+    """Sizes around every boundary, dtypes, orders, strides and misalignments: the CPU kernel's bits, and no stray access."""
+    library = tmp_path / "cuda_on_host.so"
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-ffp-contract=off",
+    ]
+    command += ["-fno-math-errno", "-include", ROOT / "tests" / "cuda_on_host.h", f"-I{cuda_include()}", "-shared", "-fPIC"]
+    command += [ROOT / "tests" / "cuda_on_host.cpp", "-o", library]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    sanitizer = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    environment = {**os.environ, "LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0", "ERSDE_CUDA_ON_HOST": str(library)}
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "cuda_on_host_cases.py"]
+    result = subprocess.run(tests, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
