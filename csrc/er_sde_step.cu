@@ -207,10 +207,13 @@ __device__ __forceinline__ void put_pair(uint32_t (&words)[4], int i, float firs
   }
 }
 
+// Thread blocks that step_vectors_torch keeps on a multiprocessor: as many as take no spills, to hide the loads.
+constexpr int torch_blocks(int terms) { return terms == 6 ? 1 : terms == 5 || terms == 1 ? 2 : 3; }
+
 // With torch's stream: a thread draws for N neighbouring subsequences, each of which serves four places, torch_threads
 // elements apart, so that it owns 16 bytes in each of four segments. blockIdx.y strides over the blocks of the stream.
 template <typename T, int K>
-__global__ void __launch_bounds__(kThreads, 2) step_vectors_torch(const __grid_constant__ VectorArgs a) {
+__global__ void __launch_bounds__(kThreads, torch_blocks(K)) step_vectors_torch(const __grid_constant__ VectorArgs a) {
   constexpr int N = Pack<T>::size;
   const Weights<K> weights = weights_of<K>(a);
   const uint64_t seed = a.torch_seed_pointer ? (uint64_t)*a.torch_seed_pointer : a.seed;

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ersde_fast import portable_noise
+from ersde_fast import portable_noise, torch_noise
 from ersde_fast.noise import _C, box_muller, philox, seed_table, specified_noise
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("portable_noise.json").read_text())
@@ -277,6 +277,52 @@ def test_neighbouring_elements_are_unrelated():
     for lag in range(1, 9):
         assert independent(z[lag:], z[:-lag]) < 5
         assert independent(z[lag:] ** 2 - 1, z[:-lag] ** 2 - 1) / 2 < 5
+
+
+# ---- torch's stream of a CUDA card, on the CPU ----
+
+
+def test_torch_noise_follows_the_layout():
+    """Element by element as the layout of torch 2.11 to 2.13 says, from Philox and Box-Muller in float64."""
+    n, seed, offset, layout = 5000, 2**40 + 9, 12, (2, 512)
+    drawn, after = torch_noise((n,), seed, offset, torch_layout=layout)
+    threads = 256 * min(-(-n // 256), 2 * 2)
+    assert after == offset + ((n - 1) // (threads * 4) + 1) * 4
+    e = torch.arange(n)
+    block, inside = e // (4 * threads), e % (4 * threads)
+    place, subsequence = inside // threads, inside % threads
+    at = offset // 4 + block
+    zero = torch.zeros_like(e)
+    w = philox((torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32)), (at & 0xFFFFFFFF, at >> 32, subsequence, zero))
+    first = torch.where(place < 2, w[0], w[2]).double()
+    second = torch.where(place < 2, w[1], w[3]).double()
+    u, angle = (first + 0.5) / 2**32, (second + 0.5) / 2**32 * 2 * math.pi
+    exact = torch.sqrt(-2 * torch.log(u)) * torch.where(place % 2 == 0, torch.sin(angle), torch.cos(angle))
+    torch.testing.assert_close(drawn.double(), exact, rtol=0, atol=2e-6)
+
+
+def test_torch_noise_rounds_once_and_depends_on_the_card():
+    drawn, _ = torch_noise((3, 70_000), 5, torch_layout=(108, 2048))
+    assert torch.equal(torch_noise((3, 70_000), 5, torch_layout=(108, 2048), dtype=torch.bfloat16)[0], drawn.bfloat16())
+    other, _ = torch_noise((3, 70_000), 5, torch_layout=(80, 1536))
+    assert not torch.equal(other, drawn) and torch.equal(other[0, :256], drawn[0, :256])
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(torch_layout=(80,)), TypeError, r"torch_layout must be \(multiprocessors, threads of each\)"),
+        (dict(torch_layout=(80, 128)), ValueError, r"at least 256 threads, got \(80, 128\)"),
+        (
+            dict(torch_layout=(80, 1536), dtype=torch.float64),
+            TypeError,
+            r"dtype must be float32, bfloat16 or float16, got torch.float64",
+        ),
+    ],
+)
+def test_bad_torch_noise(arguments, error, message):
+    with pytest.raises(error, match=message):
+        torch_noise((4,), 1, **arguments)
 
 
 # ---- bad input ----
