@@ -41,7 +41,7 @@ test: env $(if $(PYTHON),,lint)
 	$(PY) -m pytest
 
 bench: env
-	$(PY) -m pytest bench --benchmark-enable
+	$(PY) -m pytest bench
 
 clean:
 	rm -rf $(VENV) build out ersde_fast/*.so ersde_fast/_build_info.py *.egg-info

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .noise import MAX_POSITIONS, seed_table
+from .noise import MAX_POSITIONS, TORCH_PIECE, seeds_of
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -47,12 +47,14 @@ def check_step(
         if generator.device.type != x.device.type or (generator.device.index or 0) != (x.device.index or 0):
             raise ValueError(f"generator must be on the device of x, {x.device}, got one on {generator.device}")
     if seed is not None:
-        seed_table(seed, x.shape[0] if x.dim() else 1)
+        seeds_of(seed, x)
     _check_shard(x, seed, global_shape, global_start)
     if torch_layout is not None:
         check_torch_layout(torch_layout)
         if noise is not None or seed is not None:
             raise ValueError("torch_layout names torch's stream: give it without noise= and seed=")
+        if x.numel() * x.element_size() > TORCH_PIECE:
+            raise ValueError(f"torch_layout needs x below 2 GiB, got {tuple(x.shape)}: torch draws larger tensors in pieces")
     if out is not None:
         _check_out(out, x, history[: len(row.w_d)], noise)
 

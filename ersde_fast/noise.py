@@ -15,6 +15,7 @@ from torch import Tensor
 WORD = 0xFFFFFFFF
 MAX_POSITIONS = 2**42  # elements of a sample: 40 bits of the counter hold the group
 MAX_SAMPLE = 2**48
+TORCH_PIECE = 2**31  # bytes that torch.randn draws in one piece
 
 
 def portable_noise(
@@ -73,6 +74,8 @@ def torch_noise(
         raise RuntimeError("torch_noise needs the extension: pip install --no-build-isolation .")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    if math.prod(shape) * dtype.itemsize > TORCH_PIECE:
+        raise ValueError(f"shape must be less than 2 GiB of {dtype}, got {tuple(shape)}: torch draws larger tensors in pieces")
     noise = torch.empty(shape, dtype=torch.float32, device=device)
     grows = _C.torch_noise(noise, seed, offset, *torch_layout)
     return noise.to(dtype), offset + grows
@@ -99,6 +102,11 @@ def seed_table(seed, batch: int) -> Tensor:
             raise ValueError(f"seed must have samples from 0 to 2^48 - 1, got {pair[1]} in {tuple(pair)}")
     signed = [((int(s) + 2**63) % 2**64 - 2**63, int(sample)) for s, sample in pairs]
     return torch.tensor(signed, dtype=torch.int64, device="cpu").reshape(batch, 2)
+
+
+def seeds_of(seed, x: Tensor) -> Tensor:
+    """`seed_table` for the batch of x; a 0-d tensor is one sample."""
+    return seed_table(seed, x.shape[0] if x.dim() else 1)
 
 
 def _is_int(value) -> bool:

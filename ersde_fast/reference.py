@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_step
-from .noise import seed_table, specified_noise
+from .noise import seeds_of, specified_noise
 
 
 def reference_step(plan, i: int, x: Tensor, history, noise: Tensor | None = None, seed=None) -> Tensor:
@@ -32,8 +32,7 @@ def draw_portable(plan, i: int, x: Tensor, seed, global_shape=None, global_start
     """The step's portable noise as a float32 tensor, or None where the step adds none."""
     if plan.rows[i].w_noise == 0:
         return None
-    seeds = seed_table(seed, x.shape[0] if x.dim() else 1).to(x.device)
-    return specified_noise(x.shape, seeds, plan.first_step + i, global_shape, global_start)
+    return specified_noise(x.shape, seeds_of(seed, x).to(x.device), plan.first_step + i, global_shape, global_start)
 
 
 def combine(row, x: Tensor, history, noise: Tensor | None) -> Tensor:

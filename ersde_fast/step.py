@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .arguments import FLOATS, check_step
-from .noise import seed_table
+from .noise import seeds_of
 from .reference import combine, draw_portable
 
 try:
@@ -102,8 +102,7 @@ def fast_step(
     Raises:
         ValueError, TypeError: naming the argument, before anything is written or any generator advanced.
     """
-    # What a fast call passes: a number, or a table that is only made once the seeds are known to be good.
-    seeds = seed if seed is None or type(seed) is int else seed_table(seed, x.shape[0] if x.dim() else 1)
+    seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
     if backend is None and _C is not None and global_shape is None and global_start is None and torch_layout is None:
         result = _C.step(plan.weights, i, x, history, noise, generator, seeds, plan.first_step, out, False, [], [], [])
         if result is not None:
@@ -145,7 +144,7 @@ def _triton_step(plan, i, x, history, noise, generator, seed, out, global_shape,
     if seed is not None and global_shape:
         noise = draw_portable(plan, i, x, seed, global_shape, global_start)
     elif seed is not None:
-        seeds = seed_table(seed, x.shape[0] if x.dim() else 1).to(x.device, non_blocking=True)
+        seeds = seeds_of(seed, x).to(x.device, non_blocking=True)
     elif noise is None and row.w_noise != 0:
         if er_sde_step.draws_as_torch(x):
             torch_stream = er_sde_step.take_torch_stream(x, generator)

@@ -333,6 +333,7 @@ OVERLAPPING = torch.zeros(13)
         (dict(i=-1), ValueError, r"i must be 0 to 5 .* got -1"),
         (dict(i=1.0), TypeError, r"i must be a whole number.* got 1.0"),
         (dict(x=X.tolist()), TypeError, r"x must be a tensor, got list"),
+        (dict(x=X.tolist(), seed=[1, 2]), TypeError, r"x must be a tensor, got list"),
         (dict(x=X.int()), TypeError, r"x must be float32, float64, bfloat16 or float16, got torch.int32"),
         (dict(x=X.to_sparse()), TypeError, r"x must be a strided tensor"),
         (dict(history=HISTORY[:2]), ValueError, r"history must hold the 3 newest predictions at step 4, got 2"),
