@@ -1,7 +1,7 @@
 // The CPU kernel for one instruction set: included once for each, inside its namespace and under its target pragma.
 //
-// Work goes tile by tile: every stream is a row of `width` numbers in the accumulation type, read in place where it is
-// stored so, else converted into a buffer that stays in cache; the noise is one more such row. Then one loop combines them.
+// Work goes row by row. Tensors of one type, contiguous along the row, are read and written in place; any others pass
+// through tiles of the accumulation type that stay in cache. The noise is one more row, drawn where it is used.
 
 #include "er_sde_math.h"
 
@@ -69,34 +69,50 @@ void store_row(char* p, int64_t stride, DType t, int n, const T* row) {
   }
 }
 
-// out = sum of w[k] * row[k], in this order, each product but the first fused into the sum. out may be one of the rows.
-template <int K, typename T>
-void combine(T* out, const T* const* rows, const T* weights, int n) {
-  const T* row[K];
-  T w[K];
-  for (int k = 0; k < K; ++k) {
-    row[k] = rows[k];
-    w[k] = weights[k];
-  }
+// Storage types that are not C++'s: one row of them is read and written in place, number by number, without a buffer.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+ERSDE_FN float widen(float v) { return v; }
+ERSDE_FN double widen(double v) { return v; }
+ERSDE_FN float widen(BFloat16 v) { return bfloat16_to_float(v.bits); }
+ERSDE_FN float widen(Float16 v) { return float16_to_float(v.bits); }
+ERSDE_FN void narrow(float v, float& out) { out = v; }
+ERSDE_FN void narrow(double v, double& out) { out = v; }
+ERSDE_FN void narrow(float v, BFloat16& out) { out.bits = float_to_bfloat16(v); }
+ERSDE_FN void narrow(float v, Float16& out) { out.bits = float_to_float16(v); }
+
+// out = sum of w[k] * row[k], in this order, then w[K] * z, each product but the first fused into the sum. out may be a row.
+template <int K, bool Draws, typename T, typename S>
+void combine(S* out, const S* const* rows, const T* z, const T* weights, int n) {
+  const S* row[K + 1];
+  T w[K + 1];
+  for (int k = 0; k < K; ++k) row[k] = rows[k];
+  for (int k = 0; k < K + Draws; ++k) w[k] = weights[k];
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
-    T y = mul_(w[0], row[0][i]);
-    for (int k = 1; k < K; ++k) y = fma_(w[k], row[k][i], y);
-    out[i] = y;
+    T y = 0;
+    if (K > 0) y = mul_(w[0], widen(row[0][i]));
+    for (int k = 1; k < K; ++k) y = fma_(w[k], widen(row[k][i]), y);
+    if (Draws) y = K > 0 ? fma_(w[K], z[i], y) : mul_(w[K], z[i]);
+    narrow(y, out[i]);
   }
 }
 
-template <typename T>
-void combine_any(T* out, const T* const* rows, const T* weights, int num_rows, int n) {
+template <bool Draws, typename T, typename S>
+void combine_any(S* out, const S* const* rows, int num_rows, const T* z, const T* weights, int n) {
   switch (num_rows) {
-    case 0: for (int i = 0; i < n; ++i) out[i] = 0; return;
-    case 1: return combine<1, T>(out, rows, weights, n);
-    case 2: return combine<2, T>(out, rows, weights, n);
-    case 3: return combine<3, T>(out, rows, weights, n);
-    case 4: return combine<4, T>(out, rows, weights, n);
-    case 5: return combine<5, T>(out, rows, weights, n);
-    case 6: return combine<6, T>(out, rows, weights, n);
-    default: return combine<7, T>(out, rows, weights, n);
+    case 0: return combine<0, Draws, T, S>(out, rows, z, weights, n);
+    case 1: return combine<1, Draws, T, S>(out, rows, z, weights, n);
+    case 2: return combine<2, Draws, T, S>(out, rows, z, weights, n);
+    case 3: return combine<3, Draws, T, S>(out, rows, z, weights, n);
+    case 4: return combine<4, Draws, T, S>(out, rows, z, weights, n);
+    case 5: return combine<5, Draws, T, S>(out, rows, z, weights, n);
+    case 6: return combine<6, Draws, T, S>(out, rows, z, weights, n);
+    default: return combine<7, Draws, T, S>(out, rows, z, weights, n);
   }
 }
 
@@ -149,69 +165,131 @@ inline void normals_of_range(float* z, uint64_t seed, uint32_t step, uint64_t sa
   }
 }
 
-template <typename T>
-void step_range(const StepArgs& a, int64_t begin, int64_t end) {
-  alignas(64) T buffers[kMaxTerms][kTile];
-  alignas(64) T result[kTile];
-  alignas(64) float noise[kTile];
-  T weights[kMaxTerms + 1];
-  const Operand* terms[kMaxTerms];
-  int num_terms = 0;
-  for (int k = 0; k < a.num_terms; ++k) {
-    if (a.weights[k] == 0) continue;
-    weights[num_terms] = (T)a.weights[k];
-    terms[num_terms++] = &a.terms[k];
-  }
-  const bool draws = a.noise == Noise::portable;
-  if (draws) weights[num_terms] = (T)a.w_noise;
-
-  const int inner = a.ndim - 1;
+// Where an element of a row is found: the address of a row of every operand, and the position of its first element.
+struct Walk {
+  const StepArgs& a;
   int64_t index[kMaxDims];
-  for (int64_t d = inner, rest = begin; d >= 0; --d) {
-    index[d] = rest % a.sizes[d];
-    rest /= a.sizes[d];
-  }
-  const DType in_place = sizeof(T) == 8 ? DType::float64 : DType::float32;
-  // Rows that are all read and written in place need no tiles: longer ones let the processor prefetch across pages.
-  const bool direct = a.out.dtype == in_place && a.out.strides[inner] == size_of(in_place);
-  bool converts = draws || !direct;
-  for (int k = 0; k < num_terms; ++k) {
-    converts |= terms[k]->dtype != in_place || terms[k]->strides[inner] != size_of(in_place);
-  }
-  const int64_t longest = converts ? kTile : int64_t{1} << 30;
-  for (int64_t e = begin; e < end;) {
-    int64_t width = a.sizes[inner] - index[inner];
-    if (width > end - e) width = end - e;
-    if (width > longest) width = longest;
-    const int n = (int)width;
 
-    const T* rows[kMaxTerms + 1];
-    for (int k = 0; k < num_terms; ++k) {
-      const char* p = terms[k]->data;
-      for (int d = 0; d < a.ndim; ++d) p += index[d] * terms[k]->strides[d];
-      rows[k] = load_row<T>(p, terms[k]->strides[inner], terms[k]->dtype, n, buffers[k]);
+  Walk(const StepArgs& args, int64_t element) : a(args) {
+    for (int d = a.ndim - 1; d >= 0; --d) {
+      index[d] = element % a.sizes[d];
+      element /= a.sizes[d];
     }
-    if (draws) {
-      int64_t position = a.first_position;
-      for (int d = 0; d < a.ndim; ++d) position += index[d] * a.position_strides[d];
-      const uint64_t seed = a.seeds ? (uint64_t)a.seeds[2 * index[0]] : a.seed;
-      const uint64_t sample = a.seeds ? (uint64_t)a.seeds[2 * index[0] + 1] : (uint64_t)index[0];
-      normals_of_range(noise, seed, a.step, sample, (uint64_t)position, n);
-      rows[num_terms] = load_row<T>(reinterpret_cast<const char*>(noise), 4, DType::float32, n, result);
-    }
-    char* p = a.out.data;
-    for (int d = 0; d < a.ndim; ++d) p += index[d] * a.out.strides[d];
-    T* out = direct ? reinterpret_cast<T*>(p) : result;
-    combine_any<T>(out, rows, weights, num_terms + draws, n);
-    if (!direct) store_row<T>(p, a.out.strides[inner], a.out.dtype, n, result);
-
-    e += n;
-    index[inner] += n;
-    for (int d = inner; d > 0 && index[d] == a.sizes[d]; --d) {
+  }
+  int64_t left_in_row() const { return a.sizes[a.ndim - 1] - index[a.ndim - 1]; }
+  char* address(const Operand& o) const {
+    char* p = o.data;
+    for (int d = 0; d < a.ndim; ++d) p += index[d] * o.strides[d];
+    return p;
+  }
+  void draw(float* z, int n) const {
+    int64_t position = a.first_position;
+    for (int d = 0; d < a.ndim; ++d) position += index[d] * a.position_strides[d];
+    const uint64_t seed = a.seeds ? (uint64_t)a.seeds[2 * index[0]] : a.seed;
+    const uint64_t sample = a.seeds ? (uint64_t)a.seeds[2 * index[0] + 1] : (uint64_t)index[0];
+    normals_of_range(z, seed, a.step, sample, (uint64_t)position, n);
+  }
+  void advance(int n) {
+    index[a.ndim - 1] += n;
+    for (int d = a.ndim - 1; d > 0 && index[d] == a.sizes[d]; --d) {
       index[d] = 0;
       ++index[d - 1];
     }
   }
+};
+
+// The terms that are read, and their weights with the noise's behind them.
+template <typename T>
+struct Terms {
+  const Operand* term[kMaxTerms];
+  T weights[kMaxTerms + 1];
+  int count = 0;
+  bool draws;
+
+  explicit Terms(const StepArgs& a) : draws(a.noise == Noise::portable) {
+    for (int k = 0; k < a.num_terms; ++k) {
+      if (a.weights[k] == 0) continue;
+      weights[count] = (T)a.weights[k];
+      term[count++] = &a.terms[k];
+    }
+    weights[count] = (T)a.w_noise;
+  }
+};
+
+// All of one storage type S and contiguous along the rows: read and written in place. Without noise the rows may be long, so
+// that the processor prefetches across pages.
+template <typename T, typename S>
+void step_in_place(const StepArgs& a, const Terms<T>& terms, int64_t begin, int64_t end) {
+  alignas(64) float noise[kTile];
+  alignas(64) T wide_noise[kTile];
+  const int64_t longest = terms.draws ? kTile : int64_t{1} << 30;
+  Walk walk(a, begin);
+  for (int64_t e = begin; e < end;) {
+    int64_t width = walk.left_in_row();
+    if (width > end - e) width = end - e;
+    if (width > longest) width = longest;
+    const int n = (int)width;
+    const S* rows[kMaxTerms];
+    for (int k = 0; k < terms.count; ++k) rows[k] = reinterpret_cast<const S*>(walk.address(*terms.term[k]));
+    S* out = reinterpret_cast<S*>(walk.address(a.out));
+    if (terms.draws) {
+      walk.draw(noise, n);
+      const T* z = load_row<T>(reinterpret_cast<const char*>(noise), 4, DType::float32, n, wide_noise);
+      combine_any<true, T, S>(out, rows, terms.count, z, terms.weights, n);
+    } else {
+      combine_any<false, T, S>(out, rows, terms.count, nullptr, terms.weights, n);
+    }
+    walk.advance(n);
+    e += n;
+  }
+}
+
+// Anything else goes tile by tile through rows of type T.
+template <typename T>
+void step_in_tiles(const StepArgs& a, const Terms<T>& terms, int64_t begin, int64_t end) {
+  alignas(64) T buffers[kMaxTerms][kTile];
+  alignas(64) T result[kTile];
+  alignas(64) float noise[kTile];
+  const int inner = a.ndim - 1;
+  Walk walk(a, begin);
+  for (int64_t e = begin; e < end;) {
+    int64_t width = walk.left_in_row();
+    if (width > end - e) width = end - e;
+    if (width > kTile) width = kTile;
+    const int n = (int)width;
+    const T* rows[kMaxTerms];
+    for (int k = 0; k < terms.count; ++k) {
+      const Operand& o = *terms.term[k];
+      rows[k] = load_row<T>(walk.address(o), o.strides[inner], o.dtype, n, buffers[k]);
+    }
+    if (terms.draws) {
+      walk.draw(noise, n);
+      const T* z = load_row<T>(reinterpret_cast<const char*>(noise), 4, DType::float32, n, result);
+      combine_any<true, T, T>(result, rows, terms.count, z, terms.weights, n);
+    } else {
+      combine_any<false, T, T>(result, rows, terms.count, nullptr, terms.weights, n);
+    }
+    store_row<T>(walk.address(a.out), a.out.strides[inner], a.out.dtype, n, result);
+    walk.advance(n);
+    e += n;
+  }
+}
+
+template <typename T>
+void step_range(const StepArgs& a, int64_t begin, int64_t end) {
+  const Terms<T> terms(a);
+  const int inner = a.ndim - 1;
+  const DType t = a.out.dtype;
+  bool in_place = a.out.strides[inner] == size_of(t);
+  for (int k = 0; k < terms.count; ++k) in_place &= terms.term[k]->dtype == t && terms.term[k]->strides[inner] == size_of(t);
+  if constexpr (sizeof(T) == 8) {
+    if (in_place && t == DType::float64) return step_in_place<double, double>(a, terms, begin, end);
+  } else {
+    if (in_place && t == DType::float32) return step_in_place<float, float>(a, terms, begin, end);
+    if (in_place && t == DType::bfloat16) return step_in_place<float, BFloat16>(a, terms, begin, end);
+    if (in_place && t == DType::float16) return step_in_place<float, Float16>(a, terms, begin, end);
+  }
+  step_in_tiles<T>(a, terms, begin, end);
 }
 
 inline void step(const StepArgs& args, int64_t begin, int64_t end) {
