@@ -139,10 +139,16 @@ def test_the_kernels_run_as_cpp_under_the_sanitizers(tmp_path):
     command += [ROOT / "tests" / "cuda_on_host.cpp", "-o", library]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    sanitizer = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    environment = {**os.environ, "LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0", "ERSDE_CUDA_ON_HOST": str(library)}
+    preload = []  # the sanitizer first, and the C++ library whose exceptions it wraps
+    for name in ("libasan.so", "libstdc++.so.6"):
+        found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        preload.append(found.stdout.strip())
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "ERSDE_CUDA_ON_HOST": str(library),
+    }
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "cuda_on_host_cases.py"]
     result = subprocess.run(tests, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
