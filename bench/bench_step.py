@@ -1,5 +1,7 @@
 """One step, fused and as its rivals run it: orders 1 and 3, latents to 64 Mi elements, noise given, absent, drawn and portable.
 
+torch.compile draws with `fallback_random`, which is torch's own stream; its rivals draw with torch.randn_like.
+
 Bytes count each tensor of the fused step once: x, the predictions and the noise read, the result written.
 """
 
@@ -49,12 +51,13 @@ def contenders(shape, dtype, order, source):
     kwargs = sources[source]
     drawn = source in ("torch", "portable")
     expression = expression_of(order, source != "no noise")
-    compiled = torch.compile(expression, dynamic=False)
+    drawing = lambda *args: expression(*args, torch.randn_like(args[len(floats)]))  # noqa: E731
+    compiled = torch.compile(drawing if drawn else expression, dynamic=False, options={"fallback_random": True})
     z = (lambda: [torch.randn_like(x)]) if drawn else (lambda: [noise]) if source == "tensor" else (lambda: [])
     result = {
         "fused": lambda: fast_step(plan, STEP, x, history, **kwargs()),
         "eager expression": lambda: expression(*floats, x, *history, *z()),
-        "torch.compile": lambda: compiled(*floats, x, *history, *z()),
+        "torch.compile": lambda: compiled(*floats, x, *history, *([] if drawn else z())),
     }
     if source == "tensor":
         result["reference"] = lambda: reference_step(plan, STEP, x, history, noise=noise)
