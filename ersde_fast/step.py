@@ -110,7 +110,7 @@ def fast_step(
     check_step(plan, i, x, history, noise, generator, seed, out, global_shape, global_start, torch_layout)
     row = plan.rows[i]
     history = history[: len(row.w_d)]
-    backend = _pick(backend, x, history, noise, torch_layout)
+    named, backend = backend, _pick(backend, x, history, noise, torch_layout)
     shard = [list(global_shape or []), list(global_start or [])]
     draws_torch = row.w_noise != 0 and noise is None and seed is None
     torch_stream = draws_torch and x.is_cuda and _C is not None and _C.has_cuda and _torch_stream_is_as_here(x.device)
@@ -121,14 +121,18 @@ def fast_step(
         generator = None
     if backend in ("cuda", "cpu"):
         with torch.no_grad():
-            return _C.step(
+            result = _C.step(
                 plan.weights, i, x, history, noise, generator, seeds, plan.first_step, out, True, *shard, list(torch_layout or [])
             )  # fmt: skip
+        if result is not None:
+            return result
+        if named is not None:
+            raise ValueError(f'backend "{named}" cannot run this step: an input is wrapped by a function transform')
     if backend == "triton":
         return _triton_step(plan, i, x, history, noise, generator, seed, out, *shard)
     if seed is not None:
         noise = draw_portable(plan, i, x, seed, global_shape, global_start)
-    elif draws_torch:
+    elif draws_torch and noise is None:
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     result = combine(row, x, history, noise)
     return result if out is None else out.copy_(result)

@@ -313,6 +313,20 @@ def test_gradients_are_the_weights():
         torch.testing.assert_close(leaf.grad, torch.full_like(leaf, w), rtol=1e-15, atol=0)
 
 
+def test_function_transforms_take_the_reference_path():
+    """vmap, jvp and grad see through the step; a backend named there says that it cannot."""
+    x, history, noise = inputs((4, 5), 3, torch.float64)
+    step = lambda x, z: fast_step(PLANS[3], 4, x, history, noise=z)  # noqa: E731
+    expected = reference_step(PLANS[3], 4, x, history, noise=noise)
+    one = lambda x, a, b, c, z: fast_step(PLANS[3], 4, x, [a, b, c], noise=z)  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(one)(x, *history, noise), expected, rtol=1e-15, atol=1e-15)
+    _, tangent = torch.func.jvp(lambda x: step(x, noise), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, torch.full_like(x, PLANS[3].rows[4].w_x))
+    torch.testing.assert_close(torch.func.grad(lambda x: step(x, noise).sum())(x), torch.full_like(x, PLANS[3].rows[4].w_x))
+    with pytest.raises(ValueError, match=r'backend "cpu" cannot run this step: an input is wrapped'):
+        torch.func.vmap(lambda x: fast_step(ODE, 0, x, [x], backend="cpu"))(x)
+
+
 def test_without_grad_mode_the_kernel_runs_and_the_result_needs_no_gradient():
     x, history, noise = inputs((2, 5), 3)
     x.requires_grad_()
