@@ -57,13 +57,6 @@ bool is_plain(const at::Tensor& t, bool grad_mode) {
   return t.layout() == at::kStrided && !t.key_set().has_any(wrapped) && !(grad_mode && t.requires_grad());
 }
 
-// Everything of StepArgs that a step does not always set.
-StepArgs no_args() {
-  StepArgs a{};
-  a.noise = ersde::Noise::none;
-  return a;
-}
-
 // Sizes, and strides of every operand (the terms, then out), adjacent dimensions merged where all allow it. A drawn stream
 // counts positions, so the order of the dimensions is kept; with the portable one the batch also stays dimension 0. Otherwise
 // dimensions are ordered by the strides of out, so that channels_last is walked as it lies.
@@ -202,7 +195,7 @@ py::object step(const at::Tensor& weights, py::handle i, py::handle x_object, py
                 py::handle generator, py::handle seed, int64_t first_step, py::handle out_object, bool trusted,
                 const std::vector<int64_t>& global_shape, const std::vector<int64_t>& global_start,
                 const std::vector<int64_t>& torch_layout) {
-  StepArgs a = no_args();
+  StepArgs a{};
   at::Tensor x, z, out, seeds, device_row;
   const bool grad_mode = c10::GradMode::is_enabled();
   if (!get_tensor(x_object, x) || !dtype_of(x, a.out.dtype) || !is_here(x.device()) || !is_plain(x, grad_mode)) return py::none();
@@ -320,7 +313,7 @@ py::object step(const at::Tensor& weights, py::handle i, py::handle x_object, py
 
 // out = the noise alone: a step without terms.
 StepArgs noise_alone(const at::Tensor& out) {
-  StepArgs a = no_args();
+  StepArgs a{};
   TORCH_CHECK(dtype_of(out, a.out.dtype) && out.is_contiguous(), "out must be a contiguous tensor of a supported dtype");
   a.out.data = static_cast<char*>(out.mutable_data_ptr());
   a.numel = out.numel();

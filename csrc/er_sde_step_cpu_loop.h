@@ -216,32 +216,40 @@ struct Terms {
   }
 };
 
-// All of one storage type S and contiguous along the rows: read and written in place. Without noise the rows may be long, so
-// that the processor prefetches across pages.
-template <typename T, typename S>
-void step_in_place(const StepArgs& a, const Terms<T>& terms, int64_t begin, int64_t end) {
-  alignas(64) float noise[kTile];
-  alignas(64) T wide_noise[kTile];
-  const int64_t longest = terms.draws ? kTile : int64_t{1} << 30;
+// Calls f(walk, n) for the rows of elements [begin, end), each of at most `longest` elements.
+template <typename F>
+inline void for_each_row(const StepArgs& a, int64_t begin, int64_t end, int64_t longest, const F& f) {
   Walk walk(a, begin);
   for (int64_t e = begin; e < end;) {
     int64_t width = walk.left_in_row();
     if (width > end - e) width = end - e;
     if (width > longest) width = longest;
-    const int n = (int)width;
+    f(walk, (int)width);
+    walk.advance((int)width);
+    e += width;
+  }
+}
+
+// Combines one row of every term into out, drawing the noise that is part of it.
+template <typename T, typename S>
+inline void combine_row(S* out, const S* const* rows, const Terms<T>& terms, const Walk& walk, int n) {
+  if (!terms.draws) return combine_any<false, T, S>(out, rows, terms.count, nullptr, terms.weights, n);
+  alignas(64) float noise[kTile];
+  alignas(64) T wide[kTile];
+  walk.draw(noise, n);
+  const T* z = load_row<T>(reinterpret_cast<const char*>(noise), 4, DType::float32, n, wide);
+  combine_any<true, T, S>(out, rows, terms.count, z, terms.weights, n);
+}
+
+// All of one storage type S and contiguous along the rows: read and written in place. Without noise the rows may be long, so
+// that the processor prefetches across pages.
+template <typename T, typename S>
+void step_in_place(const StepArgs& a, const Terms<T>& terms, int64_t begin, int64_t end) {
+  for_each_row(a, begin, end, terms.draws ? kTile : int64_t{1} << 30, [&](const Walk& walk, int n) {
     const S* rows[kMaxTerms];
     for (int k = 0; k < terms.count; ++k) rows[k] = reinterpret_cast<const S*>(walk.address(*terms.term[k]));
-    S* out = reinterpret_cast<S*>(walk.address(a.out));
-    if (terms.draws) {
-      walk.draw(noise, n);
-      const T* z = load_row<T>(reinterpret_cast<const char*>(noise), 4, DType::float32, n, wide_noise);
-      combine_any<true, T, S>(out, rows, terms.count, z, terms.weights, n);
-    } else {
-      combine_any<false, T, S>(out, rows, terms.count, nullptr, terms.weights, n);
-    }
-    walk.advance(n);
-    e += n;
-  }
+    combine_row<T, S>(reinterpret_cast<S*>(walk.address(a.out)), rows, terms, walk, n);
+  });
 }
 
 // Anything else goes tile by tile through rows of type T.
@@ -249,30 +257,16 @@ template <typename T>
 void step_in_tiles(const StepArgs& a, const Terms<T>& terms, int64_t begin, int64_t end) {
   alignas(64) T buffers[kMaxTerms][kTile];
   alignas(64) T result[kTile];
-  alignas(64) float noise[kTile];
   const int inner = a.ndim - 1;
-  Walk walk(a, begin);
-  for (int64_t e = begin; e < end;) {
-    int64_t width = walk.left_in_row();
-    if (width > end - e) width = end - e;
-    if (width > kTile) width = kTile;
-    const int n = (int)width;
+  for_each_row(a, begin, end, kTile, [&](const Walk& walk, int n) {
     const T* rows[kMaxTerms];
     for (int k = 0; k < terms.count; ++k) {
       const Operand& o = *terms.term[k];
       rows[k] = load_row<T>(walk.address(o), o.strides[inner], o.dtype, n, buffers[k]);
     }
-    if (terms.draws) {
-      walk.draw(noise, n);
-      const T* z = load_row<T>(reinterpret_cast<const char*>(noise), 4, DType::float32, n, result);
-      combine_any<true, T, T>(result, rows, terms.count, z, terms.weights, n);
-    } else {
-      combine_any<false, T, T>(result, rows, terms.count, nullptr, terms.weights, n);
-    }
+    combine_row<T, T>(result, rows, terms, walk, n);
     store_row<T>(walk.address(a.out), a.out.strides[inner], a.out.dtype, n, result);
-    walk.advance(n);
-    e += n;
-  }
+  });
 }
 
 template <typename T>

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .noise import MAX_POSITIONS, TORCH_PIECE, seeds_of
+from .noise import MAX_POSITIONS, TORCH_PIECE, check_torch_layout, seeds_of
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -36,9 +36,7 @@ def check_step(
         raise ValueError(f"history must hold the {len(row.w_d)} newest predictions at step {i}, got {len(history)}")
     for j, denoised in enumerate(history[: len(row.w_d)]):
         _check_like(f"history[{j}]", denoised, x)
-    named = [name for name, source in [("noise", noise), ("generator", generator), ("seed", seed)] if source is not None]
-    if len(named) > 1:
-        raise ValueError(f"{' and '.join(named)} were given: name one source of noise")
+    check_one_source(noise=noise, generator=generator, seed=seed)
     if noise is not None:
         _check_like("noise", noise, x)
     if generator is not None:
@@ -59,11 +57,11 @@ def check_step(
         _check_out(out, x, history[: len(row.w_d)], noise)
 
 
-def check_torch_layout(torch_layout) -> None:
-    if not isinstance(torch_layout, (list, tuple)) or len(torch_layout) != 2 or not all(type(v) is int for v in torch_layout):
-        raise TypeError(f"torch_layout must be (multiprocessors, threads of each), whole numbers, got {torch_layout!r}")
-    if torch_layout[0] < 1 or torch_layout[1] < 256:
-        raise ValueError(f"torch_layout must have at least 1 multiprocessor of at least 256 threads, got {tuple(torch_layout)}")
+def check_one_source(**sources) -> None:
+    """Raises where more than one source of noise is given."""
+    named = [name for name, source in sources.items() if source is not None]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} were given: name one source of noise")
 
 
 def _check_tensor(name: str, value) -> None:

@@ -12,6 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+try:
+    from . import _C
+except ImportError:
+    _C = None
+
 WORD = 0xFFFFFFFF
 MAX_POSITIONS = 2**42  # elements of a sample: 40 bits of the counter hold the group
 MAX_SAMPLE = 2**48
@@ -67,8 +72,6 @@ def torch_noise(
     Returns:
         The noise, and the generator's offset after it.
     """
-    from .arguments import check_torch_layout
-
     check_torch_layout(torch_layout)
     if _C is None:
         raise RuntimeError("torch_noise needs the extension: pip install --no-build-isolation .")
@@ -79,6 +82,14 @@ def torch_noise(
     noise = torch.empty(shape, dtype=torch.float32, device=device)
     grows = _C.torch_noise(noise, seed, offset, *torch_layout)
     return noise.to(dtype), offset + grows
+
+
+def check_torch_layout(torch_layout) -> None:
+    """Raises where torch_layout is not (multiprocessors, threads of each) of a card."""
+    if not isinstance(torch_layout, (list, tuple)) or len(torch_layout) != 2 or not all(type(v) is int for v in torch_layout):
+        raise TypeError(f"torch_layout must be (multiprocessors, threads of each), whole numbers, got {torch_layout!r}")
+    if torch_layout[0] < 1 or torch_layout[1] < 256:
+        raise ValueError(f"torch_layout must have at least 1 multiprocessor of at least 256 threads, got {tuple(torch_layout)}")
 
 
 def seed_table(seed, batch: int) -> Tensor:
@@ -208,9 +219,3 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     r = torch.where(b >= 2**31, -r, r)
     swap = (b & 0x40000000) != 0
     return r * torch.where(swap, sine, cosine), r * torch.where(swap, cosine, sine)
-
-
-try:
-    from . import _C
-except ImportError:
-    _C = None

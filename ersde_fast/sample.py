@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from .arguments import check_one_source
 from .plan import er_sde_plan
 from .step import fast_step
 
@@ -51,9 +52,7 @@ def sample_er_sde(
     Returns:
         The sample, [batch, ...].
     """
-    sources = {"noise_sampler": noise_sampler, "generator": generator, "seed": seed}
-    if len(named := [name for name, source in sources.items() if source is not None]) > 1:
-        raise ValueError(f"{' and '.join(named)} were given: name one source of noise")
+    check_one_source(noise_sampler=noise_sampler, generator=generator, seed=seed)
     plan = er_sde_plan(
         sigmas,
         process=process,

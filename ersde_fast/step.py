@@ -51,7 +51,7 @@ def _no_cuda() -> str | None:
 def _no_triton() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if _interpreting():
         return None
     if torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
         return None
