@@ -24,7 +24,7 @@ CXX_FLAGS = [
     "-g0",
 ]
 HEADERS = [str(path) for path in Path("csrc").glob("*.h")]
-SOURCES = ["csrc/binding.cpp", "csrc/er_sde_step_cpu.cpp"]
+SOURCES = ["csrc/binding.cpp", "csrc/er_sde_step_cpu.cpp", "csrc/er_sde_plan_cpu.cpp"]
 
 
 def cuda_extension(torch, cpp_extension):
@@ -41,7 +41,7 @@ def cuda_extension(torch, cpp_extension):
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0;12.0+PTX")
     return cpp_extension.CUDAExtension(
         "ersde_fast._C",
-        [*SOURCES, "csrc/er_sde_step.cu"],
+        [*SOURCES, "csrc/er_sde_step.cu", "csrc/er_sde_plan.cu"],
         depends=HEADERS,
         define_macros=[("ERSDE_WITH_CUDA", None)],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},

@@ -6,6 +6,9 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Generator.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -18,12 +21,21 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <mutex>
 
+#include "er_sde_plan.h"
 #include "er_sde_step.h"
 
 namespace py = pybind11;
+
+namespace ersde {
+namespace {
+#include "er_sde_math.h"
+#include "er_sde_rows.h"
+}  // namespace
+}  // namespace ersde
 
 namespace {
 
@@ -49,29 +61,46 @@ bool get_tensor(py::handle h, at::Tensor& out) {
 }
 
 // A plain strided tensor with memory of its own: not a subclass that dispatches to Python, not a functorch wrapper, not a
-// lazy conjugate or negative, and not one whose gradient autograd would have to follow.
-bool is_plain(const at::Tensor& t, bool grad_mode) {
+// lazy conjugate or negative.
+bool is_plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper,
                                          c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Functionalize,
                                          c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
-  return t.layout() == at::kStrided && !t.key_set().has_any(wrapped) && !(grad_mode && t.requires_grad());
+  return t.layout() == at::kStrided && !t.key_set().has_any(wrapped);
 }
 
-// Sizes, and strides of every operand (the terms, then out), adjacent dimensions merged where all allow it. A drawn stream
-// counts positions, so the order of the dimensions is kept; with the portable one the batch also stays dimension 0. Otherwise
-// dimensions are ordered by the strides of out, so that channels_last is walked as it lies.
-void set_shape(StepArgs& a, const std::vector<at::Tensor>& operands, at::IntArrayRef global_shape, at::IntArrayRef global_start) {
-  const bool portable = a.noise == ersde::Noise::portable;
-  const auto sizes = operands.back().sizes();
-  const int dims = (int)sizes.size(), count = (int)operands.size();
+// Whether autograd would have to follow it: a gradient or a tangent. Of no interest to a caller that is autograd's own.
+bool is_differentiated(const at::Tensor& t, bool grad_mode) {
+  return (grad_mode && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
+}
+
+// Whether a mode of Python wants to see every operator, as tracers do.
+bool is_traced() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
+}
+
+// A tensor that a kernel reads or writes, and what the kernel is told of it.
+struct Pair {
+  at::Tensor tensor;
+  ersde::Operand* operand;
+};
+
+// Sizes, and strides of every operand (out last), adjacent dimensions merged where all allow it. A drawn stream counts
+// positions, so the order of the dimensions is kept; where samples differ the batch stays dimension 0 too. Otherwise dimensions
+// are ordered by the strides of out, so that channels_last is walked as it lies.
+void set_shape(StepArgs& a, const std::vector<Pair>& pairs, at::IntArrayRef global_shape, at::IntArrayRef global_start) {
+  const bool portable = a.drawn.source == ersde::Noise::portable;
+  const auto sizes = pairs.back().tensor.sizes();
+  const int dims = (int)sizes.size();
   std::array<int, ersde::kMaxDims> order{};
   int kept = 0;
   for (int d = 0; d < dims; ++d) {
-    if (sizes[d] != 1 || (portable && d == 0)) order[kept++] = d;
+    if (sizes[d] != 1 || (a.batched && d == 0)) order[kept++] = d;
   }
-  if (a.noise == ersde::Noise::none) {
-    const auto strides = operands.back().strides();
-    std::stable_sort(order.begin(), order.begin() + kept, [&](int i, int j) { return strides[i] > strides[j]; });
+  if (a.drawn.source == ersde::Noise::none) {
+    const int first = a.batched && kept > 0 ? 1 : 0;
+    const auto strides = pairs.back().tensor.strides();
+    std::stable_sort(order.begin() + first, order.begin() + kept, [&](int i, int j) { return strides[i] > strides[j]; });
   }
   std::array<int64_t, ersde::kMaxDims> position{};
   a.first_position = 0;
@@ -83,24 +112,22 @@ void set_shape(StepArgs& a, const std::vector<at::Tensor>& operands, at::IntArra
       stride *= global_shape.empty() ? sizes[d] : global_shape[d - 1];
     }
   }
-  const auto operand = [&](int k) -> ersde::Operand& { return k < count - 1 ? a.terms[k] : a.out; };
+  const auto stride_of = [](const Pair& p, int d) { return p.tensor.stride(d) * ersde::size_of(p.operand->dtype); };
   a.ndim = 0;
   for (int n = 0; n < kept; ++n) {
     const int d = order[n], last = a.ndim - 1;
-    bool merges = a.ndim > (portable ? 1 : 0) && a.position_strides[last] == sizes[d] * position[d];
-    for (int k = 0; merges && k < count; ++k) {
-      merges = operand(k).strides[last] == sizes[d] * operands[k].stride(d) * ersde::size_of(operand(k).dtype);
-    }
+    bool merges = a.ndim > (a.batched ? 1 : 0) && a.position_strides[last] == sizes[d] * position[d];
+    for (const auto& p : pairs) merges = merges && p.operand->strides[last] == sizes[d] * stride_of(p, d);
     const int at = merges ? last : a.ndim++;
     a.sizes[at] = merges ? a.sizes[at] * sizes[d] : sizes[d];
     a.position_strides[at] = position[d];
-    for (int k = 0; k < count; ++k) operand(k).strides[at] = operands[k].stride(d) * ersde::size_of(operand(k).dtype);
+    for (const auto& p : pairs) p.operand->strides[at] = stride_of(p, d);
   }
-  // Scalars get a dimension, and portable noise an inner one along which neighbours in the row are neighbours in the sample.
-  while (a.ndim < 1 || (portable && (a.ndim < 2 || a.position_strides[a.ndim - 1] != 1))) {
+  // Scalars get a dimension; a batch a second one, along which neighbours in the row are neighbours in the sample.
+  while (a.ndim < (a.batched ? 2 : 1) || (portable && a.position_strides[a.ndim - 1] != 1)) {
     a.sizes[a.ndim] = 1;
-    a.position_strides[a.ndim] = 1;
-    for (int k = 0; k < count; ++k) operand(k).strides[a.ndim] = ersde::size_of(operand(k).dtype);
+    a.position_strides[a.ndim] = portable;
+    for (const auto& p : pairs) p.operand->strides[a.ndim] = ersde::size_of(p.operand->dtype);
     ++a.ndim;
   }
 }
@@ -152,22 +179,23 @@ void take_torch_stream(StepArgs& a, const at::Tensor& x, const std::optional<at:
     multiprocessors = properties->multiProcessorCount;
     threads_each = properties->maxThreadsPerMultiProcessor;
   }
-  a.torch_threads = torch_threads(x.numel(), multiprocessors, threads_each);
+  a.drawn.torch_threads = torch_threads(x.numel(), multiprocessors, threads_each);
+  auto& drawn = a.drawn;
   auto* g = at::get_generator_or_default<at::CUDAGeneratorImpl>(generator, at::cuda::detail::getDefaultCUDAGenerator(x.get_device()));
   at::PhiloxCudaState state;
   {
     const std::lock_guard<std::mutex> lock(g->mutex_);
-    state = g->philox_cuda_state(torch_advance(x.numel(), a.torch_threads, a.out.dtype));
+    state = g->philox_cuda_state(torch_advance(x.numel(), drawn.torch_threads, a.out.dtype));
   }
   if (state.captured_) {
-    a.torch_seed_pointer = reinterpret_cast<const int64_t*>(state.seed_.ptr);
-    a.torch_offset_pointer = reinterpret_cast<const int64_t*>(state.offset_.ptr);
-    a.torch_offset = state.offset_intragraph_;
+    drawn.torch_seed_pointer = reinterpret_cast<const int64_t*>(state.seed_.ptr);
+    drawn.torch_offset_pointer = reinterpret_cast<const int64_t*>(state.offset_.ptr);
+    drawn.torch_offset = state.offset_intragraph_;
   } else {
-    a.seed = state.seed_.val;
-    a.torch_offset = state.offset_.val;
+    drawn.seed = state.seed_.val;
+    drawn.torch_offset = state.offset_.val;
   }
-  a.noise = ersde::Noise::torch;
+  drawn.source = ersde::Noise::torch;
 }
 #endif
 
@@ -180,79 +208,156 @@ bool is_here(const at::Device& device) {
 
 bool set_seeds(StepArgs& a, py::handle seed, const at::Device& device, at::Tensor& table) {
   if (PyLong_Check(seed.ptr()) && !PyBool_Check(seed.ptr())) {
-    a.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());
+    a.drawn.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());
     return true;
   }
   if (!get_tensor(seed, table)) return false;
   table = table.to(device, /*non_blocking=*/true).contiguous();
-  a.seeds = table.const_data_ptr<int64_t>();
+  a.drawn.seeds = table.const_data_ptr<int64_t>();
   return true;
 }
 
-// See fast_step in step.py for the arguments. seed: None, an int, or an int64 tensor [batch, 2] of (seed, sample).
-// i: a number, and weights a float64 CPU table; or both in the device memory of x, so that a captured graph reads them anew.
-py::object step(const at::Tensor& weights, py::handle i, py::handle x_object, py::handle history, py::handle noise,
-                py::handle generator, py::handle seed, int64_t first_step, py::handle out_object, bool trusted,
-                const std::vector<int64_t>& global_shape, const std::vector<int64_t>& global_start,
-                const std::vector<int64_t>& torch_layout) {
-  StepArgs a{};
-  at::Tensor x, z, out, seeds, device_row;
-  const bool grad_mode = c10::GradMode::is_enabled();
-  if (!get_tensor(x_object, x) || !dtype_of(x, a.out.dtype) || !is_here(x.device()) || !is_plain(x, grad_mode)) return py::none();
-  if (x.dim() >= ersde::kMaxDims) return py::none();
-  const auto is_operand = [&](const at::Tensor& t, DType& dtype) {
-    return dtype_of(t, dtype) && t.sizes() == x.sizes() && t.device() == x.device() && is_plain(t, grad_mode);
-  };
+// An int64 tensor of `dim` dimensions on `device`, contiguous.
+bool get_index(py::handle h, int64_t dim, const at::Device& device, at::Tensor& out) {
+  return get_tensor(h, out) && out.scalar_type() == at::kLong && out.dim() == dim && out.device() == device && out.is_contiguous();
+}
 
-  const int64_t order = weights.size(1) - 2;
-  int64_t uses = order, row = 0;
-  const double* w = nullptr;
-  if (PyLong_Check(i.ptr())) {
-    row = PyLong_AsLongLong(i.ptr());
-    if (PyErr_Occurred()) {
-      PyErr_Clear();
-      return py::none();
+// Which row of the table each sample steps by. i: a number; or an int64 tensor, 0-dim; or a pair (plan, step) of int64 [batch].
+// What lies on the host is read now, so that a kernel is told the weights themselves; what lies on the device of x is read by
+// the kernel, so that a captured graph reads it anew, and always with a ring, whose slots it picks. step: the row, or -1 where
+// only the kernel knows it.
+bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at::Tensor& x, bool has_ring, int64_t& step) {
+  const int64_t num_steps = table.size(-2), columns = table.size(-1), batch = x.dim() ? x.size(0) : 1;
+  const double* data = table.const_data_ptr<double>();
+  rows.num_columns = (int)columns;
+  rows.num_steps = num_steps;
+  rows.num_plans = table.dim() == 3 ? table.size(0) : 1;
+  step = -1;
+  if (PyTuple_Check(i.ptr())) {
+    at::Tensor plan_index, step_index;
+    if (PyTuple_GET_SIZE(i.ptr()) != 2 || table.dim() != 3 || table.device() != x.device()) return false;
+    if (!get_index(PyTuple_GET_ITEM(i.ptr(), 0), 1, x.device(), plan_index) || plan_index.size(0) != batch) return false;
+    if (!get_index(PyTuple_GET_ITEM(i.ptr(), 1), 1, x.device(), step_index) || step_index.size(0) != batch) return false;
+    rows.table = data;
+    rows.plan_index = plan_index.const_data_ptr<int64_t>();
+    rows.step_index = step_index.const_data_ptr<int64_t>();
+    rows.index_stride = 1;
+    for (int64_t b = 0; x.is_cpu() && b < batch; ++b) {
+      const double* row = ersde::row_of(rows, b);
+      if (!row || std::isnan(row[0])) return false;
     }
-    if (row < 0 || row >= weights.size(0) || !weights.is_cpu()) return py::none();
-    w = weights.const_data_ptr<double>() + row * (order + 2);
-    while (uses > 0 && w[uses] == 0) --uses;
-  } else {
-    if (!get_tensor(i, device_row) || device_row.scalar_type() != at::kLong || device_row.device() != x.device()) return py::none();
-    if (weights.device() != x.device() || !x.is_cuda()) return py::none();
-    a.table = weights.const_data_ptr<double>();
-    a.row = device_row.const_data_ptr<int64_t>();
-    a.num_columns = (int)order + 2;
+    return true;
   }
-  const bool draws = !w || w[order + 1] != 0;
+  at::Tensor index;
+  if (table.dim() != 2) return false;
+  if (PyLong_Check(i.ptr()) && !PyBool_Check(i.ptr())) {
+    step = PyLong_AsLongLong(i.ptr());
+    if (PyErr_Occurred()) PyErr_Clear();
+  } else if (!has_ring && get_index(i, 0, at::kCPU, index)) {
+    step = *index.const_data_ptr<int64_t>();
+  } else {
+    if (!get_index(i, 0, x.device(), index) || table.device() != x.device()) return false;
+    rows.table = data;
+    rows.step_index = index.const_data_ptr<int64_t>();
+    return true;
+  }
+  if (step < 0 || step >= num_steps) return false;
+  data += step * columns;
+  if (table.is_cpu()) std::copy(data, data + columns, rows.row);
+  else if (table.device() == x.device()) rows.table = data;
+  else return false;
+  return true;
+}
+
+// See fast_step in step.py for the arguments. table: of the plan, [num_steps, columns], or of several, [num_plans, ...], float64.
+// seed: None, an int, or an int64 tensor [batch, 2] of (seed, sample). prediction_type: its number, or -1. scale: a number, or a
+// float64 tensor [batch]. draws: whether any row adds noise. ring: with a prediction_type, [order, *x.shape], whose slot
+// s mod order holds the prediction of step s; history is then the model's output alone, and the new prediction goes to the ring.
+py::object step(const at::Tensor& table, py::handle i, py::handle x_object, py::handle history, py::handle noise,
+                py::handle generator, py::handle seed, py::handle out_object, int prediction_type, py::handle unconditional,
+                py::handle scale, bool draws, bool trusted, const std::vector<int64_t>& global_shape,
+                const std::vector<int64_t>& global_start, const std::vector<int64_t>& torch_layout, py::handle ring_object) {
+  StepArgs a{};
+  at::Tensor x, z, out, denoised, seeds, scales, ring;
+  const bool grad_mode = c10::GradMode::is_enabled(), predicts = prediction_type >= 0;
+  const auto fits = [&](const at::Tensor& t) { return is_plain(t) && (trusted || !is_differentiated(t, grad_mode)); };
+  if (!get_tensor(x_object, x) || !dtype_of(x, a.out.dtype) || !is_here(x.device()) || !fits(x)) return py::none();
+  if (x.dim() >= ersde::kMaxDims || (!trusted && is_traced())) return py::none();
+  const auto is_operand = [&](const at::Tensor& t, DType& dtype) {
+    return dtype_of(t, dtype) && t.sizes() == x.sizes() && t.device() == x.device() && fits(t);
+  };
+  const bool from_ring = !ring_object.is_none();
+  int64_t known_step;
+  if (!set_rows(a.rows, table, i, x, from_ring, known_step)) return py::none();
+  const double* row = a.rows.table ? nullptr : a.rows.row;
+  const int64_t order = table.size(-1) - 2 - ersde::kColumnsBehind;
+  if (row) draws = row[order + 1] != 0;
+
+  // How many predictions are read: what the row says; else all that there can be.
   if (!PyList_Check(history.ptr()) && !PyTuple_Check(history.ptr())) return py::none();
-  if (PySequence_Fast_GET_SIZE(history.ptr()) < uses) return py::none();
+  const int64_t given = PySequence_Fast_GET_SIZE(history.ptr());
+  int64_t uses = known_step < 0 ? order : std::min(order, known_step + 1);
+  while (row && uses > 0 && row[uses] == 0) --uses;
+  if (predicts) uses = std::max<int64_t>(uses, 1);
+  if (from_ring && (!get_tensor(ring_object, ring) || given != 1 || ring.size(0) != order || known_step >= 0)) return py::none();
+  if (!from_ring && given < uses) {
+    if (row || !trusted) return py::none();
+    uses = given;
+  }
+  a.rows.predictions = (int)uses;
 
   a.float64 = a.out.dtype == DType::float64;
-  std::vector<at::Tensor> operands;
-  operands.reserve(ersde::kMaxTerms + 1);
-  const auto add_term = [&](const at::Tensor& t, int column, DType dtype) {
-    if (w && w[column] == 0) return;
-    auto& term = a.terms[a.num_terms];
-    term.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
-    term.dtype = dtype;
-    a.weights[a.num_terms] = w ? w[column] : 0;
-    a.columns[a.num_terms++] = column;
+  std::vector<Pair> pairs;
+  pairs.reserve(ersde::kMaxTerms + 3);
+  const auto add_operand = [&](ersde::Operand& o, const at::Tensor& t, DType dtype) {
+    o.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+    o.dtype = dtype;
     a.float64 |= dtype == DType::float64;
-    operands.push_back(t);
+    pairs.push_back({t, &o});
   };
+  const auto add_term = [&](const at::Tensor& t, int64_t column, DType dtype) {
+    if (row && row[column] == 0 && !(predicts && column < 2)) return;
+    a.rows.columns[a.num_terms] = (int)column;
+    add_operand(a.terms[a.num_terms++], t, dtype);
+  };
+  std::fill(std::begin(a.rows.columns), std::end(a.rows.columns), -1);
   add_term(x, 0, a.out.dtype);
-  for (int k = 0; k < uses; ++k) {
-    at::Tensor denoised;
+  for (int64_t k = 0; k < uses; ++k) {
+    at::Tensor t;
     DType dtype;
-    if (!get_tensor(PySequence_Fast_GET_ITEM(history.ptr(), k), denoised) || !is_operand(denoised, dtype)) return py::none();
-    add_term(denoised, k + 1, dtype);
+    if (from_ring && k > 0) t = ring[0];
+    else if (!get_tensor(PySequence_Fast_GET_ITEM(history.ptr(), k), t)) return py::none();
+    if (!is_operand(t, dtype)) return py::none();
+    add_term(t, k + 1, dtype);
+  }
+  if (predicts) {
+    a.rows.prediction_column = (int)order + 2 + 2 * prediction_type;
+    if (row && !std::isfinite(row[a.rows.prediction_column])) return py::none();
+    if (!unconditional.is_none()) {
+      at::Tensor t;
+      DType dtype;
+      if (!get_tensor(unconditional, t) || !is_operand(t, dtype)) return py::none();
+      a.rows.guided = true;
+      add_operand(a.guide, t, dtype);
+      if (get_tensor(scale, scales)) {
+        if (scales.scalar_type() != at::kDouble || scales.dim() != 1 || scales.size(0) != (x.dim() ? x.size(0) : 1)) return py::none();
+        if (scales.device() != x.device() || !scales.is_contiguous()) return py::none();
+        a.rows.scales = scales.const_data_ptr<double>();
+      } else {
+        a.rows.scale = PyFloat_AsDouble(scale.ptr());
+        if (PyErr_Occurred()) PyErr_Clear();  // it is -1 then
+        if (!std::isfinite(a.rows.scale) || !(PyFloat_Check(scale.ptr()) || PyLong_Check(scale.ptr()))) return py::none();
+      }
+    }
+  } else if (!unconditional.is_none()) {
+    return py::none();
   }
 
   if (!noise.is_none() + !generator.is_none() + !seed.is_none() > 1) return py::none();
   if (!noise.is_none()) {
     DType dtype;
     if (!get_tensor(noise, z) || !is_operand(z, dtype)) return py::none();
-    add_term(z, (int)order + 1, dtype);
+    add_term(z, order + 1, dtype);
   }
   std::optional<at::Generator> torch_generator;
   if (!generator.is_none()) {
@@ -262,6 +367,7 @@ py::object step(const at::Tensor& weights, py::handle i, py::handle x_object, py
     if (on.type() != x.device().type() || (on.has_index() && x.device().has_index() && on != x.device())) return py::none();
   }
   if (!seed.is_none() && !set_seeds(a, seed, x.device(), seeds)) return py::none();
+  if (draws && a.rows.index_stride && noise.is_none() && seed.is_none()) return py::none();
 
   if (out_object.is_none()) {
     out = at::empty_like(x);
@@ -270,24 +376,36 @@ py::object step(const at::Tensor& weights, py::handle i, py::handle x_object, py
     if (!get_tensor(out_object, out) || !is_operand(out, out_dtype) || out_dtype != a.out.dtype) return py::none();
     if (!trusted) {
       if (at::has_internal_overlap(out) != at::MemOverlap::No) return py::none();
-      for (const auto& t : operands) {
-        const auto status = at::get_overlap_status(out, t);
+      for (const auto& p : pairs) {
+        const auto status = at::get_overlap_status(out, p.tensor);
         if (status != at::MemOverlapStatus::No && status != at::MemOverlapStatus::Full) return py::none();
-        if (status == at::MemOverlapStatus::Full && (out.strides() != t.strides() || out.scalar_type() != t.scalar_type())) {
+        if (status == at::MemOverlapStatus::Full && (out.strides() != p.tensor.strides() || out.scalar_type() != p.tensor.scalar_type())) {
           return py::none();
         }
       }
     }
   }
-  const auto result = [&] { return out_object.is_none() ? py::cast(out) : py::reinterpret_borrow<py::object>(out_object); };
+  RECORD_FUNCTION("ersde_fast::step", c10::ArrayRef<const c10::IValue>());
+  if (from_ring) {
+    DType dtype;
+    if (!is_operand(denoised = ring[0], dtype)) return py::none();
+    a.rows.ring = (int)ring.size(0);
+    a.rows.ring_stride = ring.stride(0) * ring.element_size();
+    add_operand(a.denoised, denoised, dtype);
+  } else if (predicts) {
+    denoised = at::empty_like(x);
+    add_operand(a.denoised, denoised, a.out.dtype);
+  }
+  const auto result = [&] {
+    const py::object next = out_object.is_none() ? py::cast(out) : py::reinterpret_borrow<py::object>(out_object);
+    return predicts && !from_ring ? py::object(py::make_tuple(next, denoised)) : next;
+  };
   a.numel = out.numel();
   if (a.numel == 0) return result();
 
   if (draws && !z.defined()) {
-    a.w_noise = w ? w[order + 1] : 0;
     if (!seed.is_none()) {
-      a.noise = ersde::Noise::portable;
-      a.step = (uint32_t)(first_step + row);
+      a.drawn.source = ersde::Noise::portable;
     } else {
 #ifdef ERSDE_WITH_CUDA
       if (x.is_cuda() && (!torch_layout.empty() || torch_draws_in_one_piece(x))) {
@@ -298,31 +416,33 @@ py::object step(const at::Tensor& weights, py::handle i, py::handle x_object, py
         }
       }
 #endif
-      if (a.noise == ersde::Noise::none) {
+      if (a.drawn.source == ersde::Noise::none) {
         z = at::randn(x.sizes(), torch_generator, x.options().requires_grad(false));
-        add_term(z, (int)order + 1, a.out.dtype);
+        add_term(z, order + 1, a.out.dtype);
       }
     }
   }
-  operands.push_back(out);
+  a.batched = a.drawn.source == ersde::Noise::portable || a.rows.index_stride || a.rows.scales;
   a.out.data = static_cast<char*>(out.mutable_data_ptr());
-  set_shape(a, operands, global_shape, global_start);
+  pairs.push_back({out, &a.out});
+  set_shape(a, pairs, global_shape, global_start);
   run(a, x.device());
   return result();
 }
 
-// out = the noise alone: a step without terms.
+// out = the noise alone: a step of one term whose weight is 0, so that the kernels for one term serve.
 StepArgs noise_alone(const at::Tensor& out) {
   StepArgs a{};
   TORCH_CHECK(dtype_of(out, a.out.dtype) && out.is_contiguous(), "out must be a contiguous tensor of a supported dtype");
   a.out.data = static_cast<char*>(out.mutable_data_ptr());
   a.numel = out.numel();
   a.float64 = a.out.dtype == DType::float64;
-  a.w_noise = 1;
-  // A term of weight 0, which is not read, so that the kernels for one term serve.
   a.num_terms = 1;
   a.terms[0].data = a.out.data;
   a.terms[0].dtype = a.out.dtype;
+  std::fill(std::begin(a.rows.columns) + 1, std::end(a.rows.columns), -1);
+  a.rows.num_columns = 2 + ersde::kColumnsBehind;
+  a.rows.row[1] = 1;  // the table of order 0: w_x, w_noise
   return a;
 }
 
@@ -332,9 +452,10 @@ void portable_noise(const at::Tensor& out, py::handle seed, int64_t step) {
   at::Tensor seeds;
   if (a.numel == 0) return;
   TORCH_CHECK(set_seeds(a, seed, out.device(), seeds), "seed must be a number or an int64 tensor");
-  a.noise = ersde::Noise::portable;
-  a.step = (uint32_t)step;
-  set_shape(a, {out, out}, {}, {});
+  a.drawn.source = ersde::Noise::portable;
+  a.batched = true;
+  a.rows.row[a.rows.num_columns - 1] = (uint32_t)step;
+  set_shape(a, {{out, &a.terms[0]}, {out, &a.out}}, {}, {});
   run(a, out.device());
 }
 
@@ -343,22 +464,60 @@ void portable_noise(const at::Tensor& out, py::handle seed, int64_t step) {
 int64_t torch_noise(const at::Tensor& out, py::handle seed, int64_t offset, int64_t multiprocessors, int64_t threads_each) {
   StepArgs a = noise_alone(out);
   if (a.numel == 0) return 0;
-  a.torch_threads = torch_threads(a.numel, multiprocessors, threads_each);
-  a.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());
-  a.torch_offset = (uint64_t)offset;
-  const int64_t grows = (int64_t)torch_advance(a.numel, a.torch_threads, a.out.dtype);
+  a.drawn.torch_threads = torch_threads(a.numel, multiprocessors, threads_each);
+  a.drawn.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());
+  a.drawn.torch_offset = (uint64_t)offset;
+  const int64_t grows = (int64_t)torch_advance(a.numel, a.drawn.torch_threads, a.out.dtype);
   if (out.is_cpu()) {
     float* data = out.mutable_data_ptr<float>();
     py::gil_scoped_release release;
     at::parallel_for(0, a.numel, kGrain, [&](int64_t begin, int64_t end) {
-      ersde::torch_noise_cpu(data + begin, a.seed, a.torch_offset, a.torch_threads, begin, end - begin);
+      ersde::torch_noise_cpu(data + begin, a.drawn.seed, a.drawn.torch_offset, a.drawn.torch_threads, begin, end - begin);
     });
     return grows;
   }
-  a.noise = ersde::Noise::torch;
-  set_shape(a, {out, out}, {}, {});
+  a.drawn.source = ersde::Noise::torch;
+  set_shape(a, {{out, &a.terms[0]}, {out, &a.out}}, {}, {});
   run(a, out.device());
   return grows;
+}
+
+// The table [num_steps, order + 2 + kColumnsBehind] of a plan and its schedule [3, num_steps + 1], sigmas, alphas, er_lambdas, on
+// the device of sigmas, without waiting for it. See er_sde_plan in plan.py; orders: int32 [num_steps] there, or None.
+py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas, int process, int order,
+               const std::optional<at::Tensor>& orders, int scaler, double eta, int method, double node_scale,
+               int integration_points, double s_noise, int64_t first_step) {
+  ersde::PlanArgs a{};
+  const at::Tensor s = sigmas.contiguous(), given = alphas ? alphas->contiguous() : at::Tensor();
+  TORCH_CHECK(dtype_of(s, a.sigmas_dtype) && (!alphas || dtype_of(given, a.alphas_dtype)), "sigmas must be float64 or float32");
+  a.num_steps = s.size(0) - 1;
+  a.sigmas = s.const_data_ptr();
+  a.alphas = alphas ? given.const_data_ptr() : nullptr;
+  a.process = static_cast<ersde::Process>(process);
+  a.order = order;
+  a.orders = orders ? orders->const_data_ptr<int32_t>() : nullptr;
+  a.scaler = static_cast<ersde::Scaler>(scaler);
+  a.eta = eta;
+  a.method = static_cast<ersde::Method>(method);
+  a.node_scale = node_scale;
+  a.integration_points = integration_points;
+  a.s_noise = s_noise;
+  a.first_step = (uint32_t)first_step;
+  const auto options = s.options().dtype(at::kDouble).requires_grad(false);
+  const at::Tensor table = at::empty({a.num_steps, order + 2 + ersde::kColumnsBehind}, options);
+  const at::Tensor schedule = at::empty({3, a.num_steps + 1}, options);
+  a.table = table.mutable_data_ptr<double>();
+  a.schedule = schedule.mutable_data_ptr<double>();
+#ifdef ERSDE_WITH_CUDA
+  if (s.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(s.device());
+    const char* error = ersde::plan_cuda(a, at::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(error == nullptr, "ersde_fast: the CUDA kernel could not be launched: ", error);
+    return py::make_tuple(table, schedule);
+  }
+#endif
+  ersde::plan_cpu(a);
+  return py::make_tuple(table, schedule);
 }
 
 // Normals [2, n] of words a, b: int64 CPU tensors [n] that hold 32 bits.
@@ -379,6 +538,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   m.def("step", &step);
+  m.def("plan", &plan);
   m.def("portable_noise", &portable_noise);
   m.def("torch_noise", &torch_noise);
   m.def("torch_stream", [](int device) { return (int)torch_stream_of_device.at(device); });

@@ -21,6 +21,7 @@ namespace ersde {
 namespace {
 
 #include "er_sde_math.h"
+#include "er_sde_rows.h"
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 16;  // an H200 is fastest with 16 to 32; with torch's stream, 32
@@ -92,118 +93,138 @@ __device__ __forceinline__ float rounded(float v, __half) { return __half2float(
 // What step_vectors needs of StepArgs.
 struct VectorArgs {
   const void* terms[kMaxTerms];
-  void* out;
-  int64_t size;  // of one sample; of the whole tensor without portable noise
-  float weights[kMaxTerms];
-  float w_noise;
-  const double* table;
-  const int64_t* row;
-  int num_columns;
-  int columns[kMaxTerms];
-  const int64_t* seeds;
-  uint64_t seed;
-  uint32_t step;
-  int64_t torch_threads;
-  uint64_t torch_offset;
-  const int64_t *torch_seed_pointer, *torch_offset_pointer;
+  const void* guide;
+  void *denoised, *out;
+  int64_t size;                      // of one sample; of the whole tensor where samples do not differ
+  Coefficients<float> coefficients;  // of every sample, where no table and no scales tell them apart
+  Rows rows;
+  Drawn drawn;
 };
 
 template <int K>
-struct Weights {
-  float w[K], noise;
-};
-
-template <int K>
-__device__ __forceinline__ Weights<K> weights_of(const VectorArgs& a) {
-  Weights<K> weights;
-  const double* row = a.table ? a.table + *a.row * a.num_columns : nullptr;
-#pragma unroll
-  for (int k = 0; k < K; ++k) weights.w[k] = row ? (float)row[a.columns[k]] : a.weights[k];
-  weights.noise = row ? (float)row[a.num_columns - 1] : a.w_noise;
-  return weights;
+__device__ __forceinline__ Coefficients<float> coefficients(const VectorArgs& a, int64_t b) {
+  return a.rows.table || a.rows.scales ? coefficients_of<float, K>(a.rows, b) : a.coefficients;
 }
 
-template <int K>
+// The terms of one vector, and the guide behind them.
+template <int K, bool Predicts>
 struct Loaded {
-  uint4 v[K];
+  uint4 v[K + Predicts];
 };
 
-// The terms of vector `at`, in vectors from the start of the tensors. Called before the noise is drawn, so that the loads and
-// the arithmetic overlap.
-template <int K>
-__device__ __forceinline__ Loaded<K> load_vector(const VectorArgs& a, const Weights<K>& weights, int64_t at) {
-  Loaded<K> loaded;
+// Loads vector `at`, in vectors from the start of the tensors. Called before the noise is drawn, so that the loads and the
+// arithmetic overlap.
+template <int K, bool Predicts>
+__device__ __forceinline__ Loaded<K, Predicts> load_vector(const VectorArgs& a, const Coefficients<float>& c, int slot, int64_t at) {
+  Loaded<K, Predicts> loaded;
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    loaded.v[k] = weights.w[k] != 0 ? static_cast<const uint4*>(a.terms[k])[at] : uint4{0, 0, 0, 0};
+  for (int k = 0; k < K + Predicts; ++k) {
+    bool read = k < K && c.w[k] != 0;
+    if (Predicts && k == 0) read |= c.p[0] != 0;
+    if (Predicts && k == 1) read = c.p[1] != 0;
+    if (Predicts && k == K) read = c.p[2] != 0;
+    const char* p = static_cast<const char*>(k < K ? a.terms[k] : a.guide);
+    if (Predicts && k > 1 && k <= a.rows.predictions && a.rows.ring) p += ring_offset(a.rows, slot, k - 1);
+    loaded.v[k] = read ? reinterpret_cast<const uint4*>(p)[at] : uint4{0, 0, 0, 0};
   }
   return loaded;
 }
 
-template <typename T, int K, bool Draws>
-__device__ __forceinline__ void step_vector(const VectorArgs& a, const Weights<K>& weights, const Loaded<K>& loaded, int64_t at,
-                                            const float (&z)[Pack<T>::size]) {
-  constexpr int N = Pack<T>::size;
-  float y[N];
+template <typename T>
+__device__ __forceinline__ void add_vector(float (&y)[Pack<T>::size], float w, uint4 term) {
+  float f[Pack<T>::size];
+  unpack_as<T>(term, f);
+  if (w != 0) {
+#pragma unroll
+    for (int i = 0; i < Pack<T>::size; ++i) y[i] = fma_(w, f[i], y[i]);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void clear(float (&y)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) y[i] = -0.0f;  // the one number whose sum with a product is the product, its sign included
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    float f[N];
-    unpack_as<T>(loaded.v[k], f);
-    if (weights.w[k] != 0) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = fma_(weights.w[k], f[i], y[i]);
-    }
+}
+
+template <typename T, int K, bool Draws, bool Predicts>
+__device__ __forceinline__ void step_vector(const VectorArgs& a, const Coefficients<float>& c, Loaded<K, Predicts> loaded, int slot,
+                                            int64_t at, const float (&z)[Pack<T>::size]) {
+  constexpr int N = Pack<T>::size;
+  float y[N];
+  if constexpr (Predicts) {
+    clear(y);
+    add_vector<T>(y, c.p[0], loaded.v[0]);
+    add_vector<T>(y, c.p[1], loaded.v[1]);
+    add_vector<T>(y, c.p[2], loaded.v[K]);
+    loaded.v[1] = pack(y, T());  // rounded, as later steps will read it
+    reinterpret_cast<uint4*>(static_cast<char*>(a.denoised) + ring_offset(a.rows, slot, 0))[at] = loaded.v[1];
   }
-  if (Draws && weights.noise != 0) {
+  clear(y);
 #pragma unroll
-    for (int i = 0; i < N; ++i) y[i] = fma_(weights.noise, z[i], y[i]);
+  for (int k = 0; k < K; ++k) add_vector<T>(y, c.w[k], loaded.v[k]);
+  if (Draws && c.noise != 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] = fma_(c.noise, z[i], y[i]);
   }
   static_cast<uint4*>(a.out)[at] = pack(y, T());
 }
 
-template <typename T, int K>
-__device__ __forceinline__ void step_scalar(const VectorArgs& a, const Weights<K>& weights, int64_t e, bool draws, float z) {
-  float y = -0.0f;
+template <typename T, int K, bool Predicts>
+__device__ __forceinline__ void step_scalar(const VectorArgs& a, const Coefficients<float>& c, int slot, int64_t e, bool draws,
+                                            float z) {
+  float predicted = -0.0f, y = -0.0f;
+  const auto term = [&](const void* data, int64_t bytes) {
+    return load(reinterpret_cast<const T*>(static_cast<const char*>(data) + bytes) + e);
+  };
+  if constexpr (Predicts) {
+    if (c.p[0] != 0) predicted = fma_(c.p[0], term(a.terms[0], 0), predicted);
+    if (c.p[1] != 0) predicted = fma_(c.p[1], term(a.terms[1], 0), predicted);
+    if (c.p[2] != 0) predicted = fma_(c.p[2], term(a.guide, 0), predicted);
+    T* denoised = reinterpret_cast<T*>(static_cast<char*>(a.denoised) + ring_offset(a.rows, slot, 0)) + e;
+    store(denoised, predicted);
+    predicted = load(denoised);
+  }
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    if (weights.w[k] != 0) y = fma_(weights.w[k], load(static_cast<const T*>(a.terms[k]) + e), y);
+    if (c.w[k] == 0) continue;
+    const int64_t bytes = Predicts && k > 1 && k <= a.rows.predictions && a.rows.ring ? ring_offset(a.rows, slot, k - 1) : 0;
+    y = fma_(c.w[k], Predicts && k == 1 ? predicted : term(a.terms[k], bytes), y);
   }
-  if (draws && weights.noise != 0) y = fma_(weights.noise, z, y);
+  if (draws && c.noise != 0) y = fma_(c.noise, z, y);
   store(static_cast<T*>(a.out) + e, y);
 }
 
-// Without noise, or with the portable stream, whose sample is blockIdx.y: a thread owns 16 bytes, whole groups of four.
-template <typename T, int K, Noise Source>
+// Without noise, or with the portable stream: a thread owns 16 bytes, whole groups of four. blockIdx.y is the sample, where
+// samples differ.
+template <typename T, int K, Noise Source, bool Predicts>
 __global__ void __launch_bounds__(kThreads) step_vectors(const __grid_constant__ VectorArgs a) {
   constexpr int N = Pack<T>::size;
   constexpr bool draws = Source == Noise::portable;
-  const Weights<K> weights = weights_of<K>(a);
   const uint64_t b = blockIdx.y;
-  const uint64_t seed = draws && a.seeds ? (uint64_t)a.seeds[2 * b] : a.seed;
-  const uint64_t sample = draws && a.seeds ? (uint64_t)a.seeds[2 * b + 1] : b;
-  const uint32_t step = a.step + (a.table ? (uint32_t)*a.row : 0u);
+  const Coefficients<float> c = coefficients<K>(a, (int64_t)b);
+  const int slot = Predicts ? ring_slot(a.rows) : 0;
+  const uint64_t seed = draws && a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * b] : a.drawn.seed;
+  const uint64_t sample = draws && a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * b + 1] : b;
   const int64_t vectors = a.size / N, thread = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   for (int64_t v = thread; v < vectors; v += (int64_t)gridDim.x * kThreads) {
     const int64_t at = (int64_t)b * vectors + v;
-    const Loaded<K> loaded = load_vector<K>(a, weights, at);
+    const auto loaded = load_vector<K, Predicts>(a, c, slot, at);
     float z[N] = {};
     if constexpr (draws) {
 #pragma unroll
       for (int g = 0; g < N / 4; ++g) {
-        portable_normals(seed, portable_counter((uint64_t)v * (N / 4) + g, step, sample), z[4 * g], z[4 * g + 1], z[4 * g + 2],
-                         z[4 * g + 3]);
+        portable_normals(seed, portable_counter((uint64_t)v * (N / 4) + g, c.counter, sample), z[4 * g], z[4 * g + 1],
+                         z[4 * g + 2], z[4 * g + 3]);
       }
     }
-    step_vector<T, K, draws>(a, weights, loaded, at, z);
+    step_vector<T, K, draws, Predicts>(a, c, loaded, slot, at, z);
   }
   // Fewer than N elements are left over, only where there is one sample.
   const int64_t e = vectors * N + thread;
   if (thread < N && e < a.size) {
     float z[4] = {};
-    if constexpr (draws) portable_normals(seed, portable_counter((uint64_t)e / 4, step, sample), z[0], z[1], z[2], z[3]);
-    step_scalar<T, K>(a, weights, e, draws, e % 4 == 0 ? z[0] : e % 4 == 1 ? z[1] : e % 4 == 2 ? z[2] : z[3]);
+    if constexpr (draws) portable_normals(seed, portable_counter((uint64_t)e / 4, c.counter, sample), z[0], z[1], z[2], z[3]);
+    step_scalar<T, K, Predicts>(a, c, slot, e, draws, e % 4 == 0 ? z[0] : e % 4 == 1 ? z[1] : e % 4 == 2 ? z[2] : z[3]);
   }
 }
 
@@ -221,18 +242,26 @@ __device__ __forceinline__ void put_pair(uint32_t (&words)[4], int i, float firs
 }
 
 // Thread blocks that step_vectors_torch keeps on a multiprocessor: as many as take no spills, to hide the loads.
-constexpr int torch_blocks(int terms) { return terms == 6 ? 1 : 2; }
+constexpr int torch_blocks(int terms, bool predicts) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return terms == 6 || (predicts && terms >= 3) ? 1 : 2;
+#else
+  return terms == 6 || (predicts && terms == 5) ? 1 : 2;
+#endif
+}
 
 // With torch's stream: a thread draws for N neighbouring subsequences, each of which serves four places, torch_threads
 // elements apart, so that it owns 16 bytes in each of four segments. blockIdx.y strides over the blocks of the stream.
-template <typename T, int K>
-__global__ void __launch_bounds__(kThreads, torch_blocks(K)) step_vectors_torch(const __grid_constant__ VectorArgs a) {
+template <typename T, int K, bool Predicts>
+__global__ void __launch_bounds__(kThreads, torch_blocks(K, Predicts)) step_vectors_torch(const __grid_constant__ VectorArgs a) {
   constexpr int N = Pack<T>::size;
-  const Weights<K> weights = weights_of<K>(a);
-  const uint64_t seed = a.torch_seed_pointer ? (uint64_t)*a.torch_seed_pointer : a.seed;
-  const uint64_t offset = a.torch_offset + (a.torch_offset_pointer ? (uint64_t)*a.torch_offset_pointer : 0u);
-  const int64_t first = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * N, stride = 4 * a.torch_threads;
-  if (first >= a.torch_threads) return;
+  const Coefficients<float> c = coefficients<K>(a, 0);
+  const int slot = Predicts ? ring_slot(a.rows) : 0;
+  const uint64_t seed = a.drawn.torch_seed_pointer ? (uint64_t)*a.drawn.torch_seed_pointer : a.drawn.seed;
+  const uint64_t offset = a.drawn.torch_offset + (a.drawn.torch_offset_pointer ? (uint64_t)*a.drawn.torch_offset_pointer : 0u);
+  const int64_t threads = a.drawn.torch_threads, stride = 4 * threads;
+  const int64_t first = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * N;
+  if (first >= threads) return;
 
   uint32_t drawn[4][4];
   const auto draw = [&](int64_t block) {
@@ -255,31 +284,32 @@ __global__ void __launch_bounds__(kThreads, torch_blocks(K)) step_vectors_torch(
   const int64_t whole = a.size / stride;
   int64_t block = blockIdx.y;
   for (; block < whole; block += gridDim.y) {
-    const int64_t at = (block * stride + first) / N, segment = a.torch_threads / N;
-    Loaded<K> loaded = load_vector<K>(a, weights, at);
+    const int64_t at = (block * stride + first) / N, segment = threads / N;
+    auto loaded = load_vector<K, Predicts>(a, c, slot, at);
     draw(block);
 #pragma unroll
     for (int place = 0; place < 4; ++place) {
-      const Loaded<K> now = loaded;
-      if (place < 3) loaded = load_vector<K>(a, weights, at + (place + 1) * segment);
+      // Where a prediction takes registers of its own, only the first place is loaded ahead.
+      const auto now = Predicts && place > 0 ? load_vector<K, Predicts>(a, c, slot, at + place * segment) : loaded;
+      if (!Predicts && place < 3) loaded = load_vector<K, Predicts>(a, c, slot, at + (place + 1) * segment);
       float z[N];
       noise_of(place, z);
-      step_vector<T, K, true>(a, weights, now, at + place * segment, z);
+      step_vector<T, K, true, Predicts>(a, c, now, slot, at + place * segment, z);
     }
   }
   if (block == whole && whole * stride < a.size) {  // the last block of the stream serves fewer elements
     draw(block);
 #pragma unroll
     for (int place = 0; place < 4; ++place) {
-      const int64_t e = block * stride + place * a.torch_threads + first;
+      const int64_t e = block * stride + place * threads + first;
       float z[N];
       noise_of(place, z);
       if (e + N <= a.size) {
-        step_vector<T, K, true>(a, weights, load_vector<K>(a, weights, e / N), e / N, z);
+        step_vector<T, K, true, Predicts>(a, c, load_vector<K, Predicts>(a, c, slot, e / N), slot, e / N, z);
       } else {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          if (e + i < a.size) step_scalar<T, K>(a, weights, e + i, true, z[i]);
+          if (e + i < a.size) step_scalar<T, K, Predicts>(a, c, slot, e + i, true, z[i]);
         }
       }
     }
@@ -309,14 +339,17 @@ __device__ __forceinline__ void store_any(char* p, DType t, A v) {
 // Any dtypes, strides and shards: accumulates in A, indices in I (32 bits where the number of elements allows).
 template <typename A, typename I>
 __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant__ StepArgs a) {
-  const double* row = a.table ? a.table + *a.row * a.num_columns : nullptr;
-  const A w_noise = a.noise == Noise::none ? A(0) : (A)(row ? row[a.num_columns - 1] : a.w_noise);
-  const uint64_t torch_seed = a.torch_seed_pointer ? (uint64_t)*a.torch_seed_pointer : a.seed;
-  const uint64_t torch_offset = a.torch_offset + (a.torch_offset_pointer ? (uint64_t)*a.torch_offset_pointer : 0u);
-  const uint32_t step = a.step + (row ? (uint32_t)*a.row : 0u);
+  Coefficients<A> c = coefficients_of<A, kMaxTerms>(a.rows, 0);
+  const bool varies = a.rows.index_stride != 0 || a.rows.scales;
+  const bool predicts = a.rows.prediction_column != 0;
+  const int slot = ring_slot(a.rows);
+  const uint64_t torch_seed = a.drawn.torch_seed_pointer ? (uint64_t)*a.drawn.torch_seed_pointer : a.drawn.seed;
+  const uint64_t torch_offset =
+      a.drawn.torch_offset + (a.drawn.torch_offset_pointer ? (uint64_t)*a.drawn.torch_offset_pointer : 0u);
   const int64_t threads = (int64_t)gridDim.x * kThreads;
   for (int64_t e = (int64_t)blockIdx.x * kThreads + threadIdx.x; e < a.numel; e += threads) {
-    int64_t offset[kMaxTerms] = {}, out_offset = 0, position = a.first_position, b = 0;
+    int64_t offset[kMaxTerms] = {}, out_offset = 0, denoised_offset = ring_offset(a.rows, slot, 0), guide_offset = 0;
+    int64_t position = a.first_position, b = 0;
     I rest = (I)e;
 #pragma unroll 1
     for (int d = a.ndim - 1; d >= 0; --d) {
@@ -326,35 +359,46 @@ __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant_
         if (k < a.num_terms) offset[k] += (int64_t)index * a.terms[k].strides[d];
       }
       out_offset += (int64_t)index * a.out.strides[d];
+      denoised_offset += (int64_t)index * a.denoised.strides[d];
+      guide_offset += (int64_t)index * a.guide.strides[d];
       position += (int64_t)index * a.position_strides[d];
       b = (int64_t)index;
+    }
+    if (varies) c = coefficients_of<A, kMaxTerms>(a.rows, b);
+    A predicted = A(-0.0);
+    if (predicts) {
+      if (c.p[0] != 0) predicted = fma_(c.p[0], load_any<A>(a.terms[0].data + offset[0], a.terms[0].dtype), predicted);
+      if (c.p[1] != 0) predicted = fma_(c.p[1], load_any<A>(a.terms[1].data + offset[1], a.terms[1].dtype), predicted);
+      if (c.p[2] != 0) predicted = fma_(c.p[2], load_any<A>(a.guide.data + guide_offset, a.guide.dtype), predicted);
+      store_any<A>(a.denoised.data + denoised_offset, a.denoised.dtype, predicted);
+      predicted = load_any<A>(a.denoised.data + denoised_offset, a.denoised.dtype);
     }
     A y = A(-0.0);
 #pragma unroll
     for (int k = 0; k < kMaxTerms; ++k) {
-      if (k < a.num_terms) {
-        const A w = (A)(row ? row[a.columns[k]] : a.weights[k]);
-        if (w != 0) y = fma_(w, load_any<A>(a.terms[k].data + offset[k], a.terms[k].dtype), y);
-      }
+      if (k >= a.num_terms || c.w[k] == 0) continue;
+      if (k > 1 && k <= a.rows.predictions && a.rows.ring) offset[k] += ring_offset(a.rows, slot, k - 1);
+      const A term = predicts && k == 1 ? predicted : load_any<A>(a.terms[k].data + offset[k], a.terms[k].dtype);
+      y = fma_(c.w[k], term, y);
     }
-    if (w_noise != 0) {
+    if (a.drawn.source != Noise::none && c.noise != 0) {
       A z;
-      if (a.noise == Noise::portable) {
-        const uint64_t seed = a.seeds ? (uint64_t)a.seeds[2 * b] : a.seed;
-        const uint64_t sample = a.seeds ? (uint64_t)a.seeds[2 * b + 1] : (uint64_t)b;
+      if (a.drawn.source == Noise::portable) {
+        const uint64_t seed = a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * b] : a.drawn.seed;
+        const uint64_t sample = a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * b + 1] : (uint64_t)b;
         float z0, z1, z2, z3;
-        portable_normals(seed, portable_counter((uint64_t)position / 4, step, sample), z0, z1, z2, z3);
+        portable_normals(seed, portable_counter((uint64_t)position / 4, c.counter, sample), z0, z1, z2, z3);
         const int lane = (int)(position % 4);
         z = (A)(lane == 0 ? z0 : lane == 1 ? z1 : lane == 2 ? z2 : z3);
       } else if (a.out.dtype == DType::float64) {
-        z = (A)torch_normal_double(torch_seed, torch_offset, (uint64_t)a.torch_threads, (uint64_t)e);
+        z = (A)torch_normal_double(torch_seed, torch_offset, (uint64_t)a.drawn.torch_threads, (uint64_t)e);
       } else {
-        const float drawn = torch_normal(torch_seed, torch_offset, (uint64_t)a.torch_threads, (uint64_t)e);
+        const float drawn = torch_normal(torch_seed, torch_offset, (uint64_t)a.drawn.torch_threads, (uint64_t)e);
         z = (A)(a.out.dtype == DType::bfloat16  ? rounded(drawn, __nv_bfloat16())
                 : a.out.dtype == DType::float16 ? rounded(drawn, __half())
                                                 : drawn);
       }
-      y = fma_(w_noise, z, y);
+      y = fma_(c.noise, z, y);
     }
     store_any<A>(a.out.data + out_offset, a.out.dtype, y);
   }
@@ -362,57 +406,65 @@ __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant_
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether step_vectors can run this: one 2- or 4-byte type, contiguous and aligned; with portable noise whole samples.
+// Whether step_vectors can run this: one 2- or 4-byte type, contiguous and aligned; where samples differ, whole samples.
 bool fits_vectors(const StepArgs& a) {
   const DType t = a.out.dtype;
   const int64_t item = size_of(t), vector = 16 / item, last = a.ndim - 1;
-  if (t == DType::float64 || a.float64 || a.num_terms == 0) return false;
-  if (a.noise == Noise::portable) {
+  if (t == DType::float64 || a.float64 || a.num_terms == 0 || a.rows.ring_stride % 16 != 0) return false;
+  if (a.batched) {
     const bool one = a.sizes[0] == 1;
     if (a.ndim != 2 || a.first_position != 0 || (!one && (a.sizes[1] % vector != 0 || a.sizes[0] > 65535))) return false;
   } else if (a.ndim != 1) {
     return false;
   }
   const auto fits = [&](const Operand& o) {
-    return o.dtype == t && (uintptr_t)o.data % 16 == 0 && (o.strides[last] == item || a.sizes[last] == 1) &&
-           (a.ndim == 1 || a.sizes[0] == 1 || o.strides[0] == item * a.sizes[1]);
+    return !o.data || (o.dtype == t && (uintptr_t)o.data % 16 == 0 && (o.strides[last] == item || a.sizes[last] == 1) &&
+                       (a.ndim == 1 || a.sizes[0] == 1 || o.strides[0] == item * a.sizes[1]));
   };
   for (int k = 0; k < a.num_terms; ++k) {
     if (!fits(a.terms[k])) return false;
   }
-  return fits(a.out);
+  return fits(a.out) && fits(a.denoised) && fits(a.guide);
+}
+
+template <typename T, int K, bool Predicts>
+void launch_vectors(const StepArgs& a, const VectorArgs& v, int multiprocessors, void* stream) {
+  constexpr int N = Pack<T>::size;
+  const int64_t samples = a.batched ? a.sizes[0] : 1, most = (int64_t)multiprocessors * kBlocksPerMultiprocessor;
+  const int64_t wanted = ceil_div(ceil_div(v.size, N), kThreads), each = ceil_div(most, samples);
+  const dim3 grid((unsigned)(wanted < each ? wanted : each), (unsigned)samples);
+  if (a.drawn.source == Noise::none) {
+    ERSDE_LAUNCH((step_vectors<T, K, Noise::none, Predicts>), grid, dim3(kThreads), stream, v);
+  } else if constexpr (K < kMaxTerms) {
+    if (a.drawn.source == Noise::portable) {
+      ERSDE_LAUNCH((step_vectors<T, K, Noise::portable, Predicts>), grid, dim3(kThreads), stream, v);
+    } else {
+      const int64_t across = ceil_div(a.drawn.torch_threads / N, kThreads), blocks = ceil_div(v.size, 4 * a.drawn.torch_threads);
+      const int64_t down = ceil_div(2 * most, across);
+      const dim3 torch_grid((unsigned)across, (unsigned)(blocks < down ? blocks : down));
+      ERSDE_LAUNCH((step_vectors_torch<T, K, Predicts>), torch_grid, dim3(kThreads), stream, v);
+    }
+  }
 }
 
 template <typename T, int K>
-void launch_vectors(const StepArgs& a, const VectorArgs& v, int multiprocessors, void* stream) {
-  constexpr int N = Pack<T>::size;
-  const int64_t samples = a.noise == Noise::portable ? a.sizes[0] : 1, most = (int64_t)multiprocessors * kBlocksPerMultiprocessor;
-  const int64_t wanted = ceil_div(ceil_div(v.size, N), kThreads), each = ceil_div(most, samples);
-  const dim3 grid((unsigned)(wanted < each ? wanted : each), (unsigned)samples);
-  if (a.noise == Noise::none) {
-    ERSDE_LAUNCH((step_vectors<T, K, Noise::none>), grid, dim3(kThreads), stream, v);
-  } else if constexpr (K < kMaxTerms) {
-    if (a.noise == Noise::portable) {
-      ERSDE_LAUNCH((step_vectors<T, K, Noise::portable>), grid, dim3(kThreads), stream, v);
-    } else {
-      const int64_t across = ceil_div(a.torch_threads / N, kThreads), blocks = ceil_div(v.size, 4 * a.torch_threads);
-      const int64_t down = ceil_div(2 * most, across);
-      const dim3 torch_grid((unsigned)across, (unsigned)(blocks < down ? blocks : down));
-      ERSDE_LAUNCH((step_vectors_torch<T, K>), torch_grid, dim3(kThreads), stream, v);
-    }
+void launch_kind(const StepArgs& a, const VectorArgs& v, int multiprocessors, void* stream) {
+  if constexpr (K >= 2) {
+    if (a.rows.prediction_column) return launch_vectors<T, K, true>(a, v, multiprocessors, stream);
   }
+  launch_vectors<T, K, false>(a, v, multiprocessors, stream);
 }
 
 template <typename T>
 void launch_terms(const StepArgs& a, const VectorArgs& v, int multiprocessors, void* stream) {
   switch (a.num_terms) {
-    case 1: return launch_vectors<T, 1>(a, v, multiprocessors, stream);
-    case 2: return launch_vectors<T, 2>(a, v, multiprocessors, stream);
-    case 3: return launch_vectors<T, 3>(a, v, multiprocessors, stream);
-    case 4: return launch_vectors<T, 4>(a, v, multiprocessors, stream);
-    case 5: return launch_vectors<T, 5>(a, v, multiprocessors, stream);
-    case 6: return launch_vectors<T, 6>(a, v, multiprocessors, stream);
-    default: return launch_vectors<T, 7>(a, v, multiprocessors, stream);
+    case 1: return launch_kind<T, 1>(a, v, multiprocessors, stream);
+    case 2: return launch_kind<T, 2>(a, v, multiprocessors, stream);
+    case 3: return launch_kind<T, 3>(a, v, multiprocessors, stream);
+    case 4: return launch_kind<T, 4>(a, v, multiprocessors, stream);
+    case 5: return launch_kind<T, 5>(a, v, multiprocessors, stream);
+    case 6: return launch_kind<T, 6>(a, v, multiprocessors, stream);
+    default: return launch_kind<T, 7>(a, v, multiprocessors, stream);
   }
 }
 
@@ -421,24 +473,14 @@ void launch_terms(const StepArgs& a, const VectorArgs& v, int multiprocessors, v
 const char* step_cuda(const StepArgs& a, int multiprocessors, void* stream) {
   if (fits_vectors(a)) {
     VectorArgs v{};
-    for (int k = 0; k < a.num_terms; ++k) {
-      v.terms[k] = a.terms[k].data;
-      v.weights[k] = (float)a.weights[k];
-      v.columns[k] = a.columns[k];
-    }
+    for (int k = 0; k < a.num_terms; ++k) v.terms[k] = a.terms[k].data;
+    v.guide = a.guide.data;
+    v.denoised = a.denoised.data;
     v.out = a.out.data;
-    v.size = a.noise == Noise::portable ? a.sizes[1] : a.numel;
-    v.w_noise = (float)a.w_noise;
-    v.table = a.table;
-    v.row = a.row;
-    v.num_columns = a.num_columns;
-    v.seeds = a.seeds;
-    v.seed = a.seed;
-    v.step = a.step;
-    v.torch_threads = a.torch_threads;
-    v.torch_offset = a.torch_offset;
-    v.torch_seed_pointer = a.torch_seed_pointer;
-    v.torch_offset_pointer = a.torch_offset_pointer;
+    v.size = a.batched ? a.sizes[1] : a.numel;
+    v.rows = a.rows;
+    v.drawn = a.drawn;
+    if (!a.rows.table) v.coefficients = coefficients_of<float, kMaxTerms>(a.rows, 0);
     if (a.out.dtype == DType::float32) launch_terms<float>(a, v, multiprocessors, stream);
     else if (a.out.dtype == DType::bfloat16) launch_terms<__nv_bfloat16>(a, v, multiprocessors, stream);
     else launch_terms<__half>(a, v, multiprocessors, stream);

@@ -1,4 +1,5 @@
-// What a kernel is told: the tensors of one step as pointers, strides and weights. No torch header.
+// What a kernel is told: the tensors of one step as pointers and strides, and which row of which plan each sample steps by.
+// No torch header.
 #pragma once
 #include <cstdint>
 
@@ -7,6 +8,12 @@ namespace ersde {
 constexpr int kMaxDims = 12;  // x has fewer: portable noise may add an inner dimension of 1
 constexpr int kMaxPredictions = 5;
 constexpr int kMaxTerms = kMaxPredictions + 2;  // x, predictions, a noise tensor
+
+// A row of a plan's table, as plan.py lays it out:
+// w_x | w_d[0] ... w_d[order - 1] | w_noise | of each prediction type the factors of x and of the output | the noise's counter
+constexpr int kPredictionTypes = 4;
+constexpr int kColumnsBehind = 2 * kPredictionTypes + 1;  // w_noise
+constexpr int kMaxColumns = kMaxPredictions + 2 + kColumnsBehind;
 
 enum class DType : int32_t { float32, float64, bfloat16, float16 };
 
@@ -21,36 +28,57 @@ struct Operand {
 // Where the noise of the step comes from, beside a tensor, which is just another term.
 enum class Noise : int32_t { none, portable, torch };
 
-struct StepArgs {
-  int64_t numel;
-  int ndim;                 // at least 1; with portable noise dimension 0 is the batch
-  int64_t sizes[kMaxDims];
-  int num_terms;
-  Operand terms[kMaxTerms];
-  double weights[kMaxTerms];
-  Operand out;
-  bool float64;             // accumulate in float64
-
-  // Device only, for captured graphs: the weights are row *row of this table in device memory, term k in column columns[k]
-  // and the noise in the last; a term whose weight there is 0 is not read. nullptr: `weights` and `w_noise` count.
-  const double* table;
-  const int64_t* row;
+// Where the coefficients of a sample are found.
+struct Rows {
+  double row[kMaxColumns];    // the row of every sample; or, where there is a table
+  const double* table;        // [num_plans, num_steps, num_columns] in the memory of the tensors, of which sample b has row
+  const int64_t* plan_index;  // [plan_index[b index_stride], step_index[b index_stride]]; nullptr: the first plan, the first row
+  const int64_t* step_index;
+  int64_t index_stride;       // 0: one for all samples, 1: each its own
+  int64_t num_plans, num_steps;
   int num_columns;
-  int columns[kMaxTerms];
+  int columns[kMaxTerms];     // of each term's weight; -1: there is no such term
+  int predictions;            // that the terms hold; a row of the table that uses more makes NaN
 
-  Noise noise;
-  double w_noise;
+  // From a model's output to its prediction, which takes the output's place as term 1:
+  // denoised = p_x x + p_m (guide + scale (output - guide)), without a guide p_x x + p_m output.
+  int prediction_column;      // of p_x; p_m follows; 0: term 1 is the prediction itself
+  bool guided;
+  double scale;
+  const double* scales;       // one for each sample, or nullptr
+
+  // Earlier predictions in a ring of `ring` slots, ring_stride bytes apart: that of step s in slot s mod ring. 0: no ring.
+  int ring;
+  int64_t ring_stride;
+};
+
+// What the noise that is drawn in the kernel depends on.
+struct Drawn {
+  Noise source;
   // Portable stream. Sample b draws with seeds[2 b], seeds[2 b + 1] = seed, sample; without seeds with `seed` and b.
-  int64_t position_strides[kMaxDims];  // of the element in its whole sample, in elements; 0 for the batch
-  int64_t first_position;
   const int64_t* seeds;
   uint64_t seed;
-  uint32_t step;            // with `row`, of row 0
   // Torch's stream, of element e in row-major order: as torch.randn on a card that runs torch_threads threads for it.
   // Where a graph is being captured, seed and offset are read from device memory.
   int64_t torch_threads;
   uint64_t torch_offset;
   const int64_t *torch_seed_pointer, *torch_offset_pointer;
+};
+
+struct StepArgs {
+  int64_t numel;
+  int ndim;                 // at least 1
+  int64_t sizes[kMaxDims];
+  bool batched;             // dimension 0 is the batch: samples differ in their rows or their noise
+  int num_terms;
+  Operand terms[kMaxTerms];  // x, predictions (or the model's output and earlier ones), noise
+  Operand out;
+  Operand denoised, guide;  // with a prediction_column
+  bool float64;             // accumulate in float64
+  Rows rows;
+  Drawn drawn;
+  int64_t position_strides[kMaxDims];  // portable stream: of the element in its whole sample, in elements; 0 for the batch
+  int64_t first_position;
 };
 
 // Instruction sets of the CPU kernel; `best` is what this processor has.

@@ -4,6 +4,7 @@
 // through tiles of the accumulation type that stay in cache. The noise is one more row, drawn where it is used.
 
 #include "er_sde_math.h"
+#include "er_sde_rows.h"
 
 constexpr int kTile = 1024;
 
@@ -177,17 +178,18 @@ struct Walk {
     }
   }
   int64_t left_in_row() const { return a.sizes[a.ndim - 1] - index[a.ndim - 1]; }
-  char* address(const Operand& o) const {
-    char* p = o.data;
+  int64_t sample() const { return a.batched ? index[0] : 0; }
+  char* address(const Operand& o, int64_t offset = 0) const {
+    char* p = o.data + offset;
     for (int d = 0; d < a.ndim; ++d) p += index[d] * o.strides[d];
     return p;
   }
-  void draw(float* z, int n) const {
+  void draw(float* z, int n, uint32_t counter) const {
     int64_t position = a.first_position;
     for (int d = 0; d < a.ndim; ++d) position += index[d] * a.position_strides[d];
-    const uint64_t seed = a.seeds ? (uint64_t)a.seeds[2 * index[0]] : a.seed;
-    const uint64_t sample = a.seeds ? (uint64_t)a.seeds[2 * index[0] + 1] : (uint64_t)index[0];
-    normals_of_range(z, seed, a.step, sample, (uint64_t)position, n);
+    const uint64_t seed = a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * index[0]] : a.drawn.seed;
+    const uint64_t sample = a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * index[0] + 1] : (uint64_t)index[0];
+    normals_of_range(z, seed, counter, sample, (uint64_t)position, n);
   }
   void advance(int n) {
     index[a.ndim - 1] += n;
@@ -198,92 +200,128 @@ struct Walk {
   }
 };
 
-// The terms that are read, and their weights with the noise's behind them.
+// A sum of some operands: which are read (those whose weight is not 0), in which order, and with which weights.
 template <typename T>
-struct Terms {
-  const Operand* term[kMaxTerms];
-  T weights[kMaxTerms + 1];
+struct Sum {
+  const Operand* read[kMaxTerms];
+  int64_t offset[kMaxTerms];
+  T weights[kMaxTerms + 1];  // the noise's behind the others
   int count = 0;
-  bool draws;
 
-  explicit Terms(const StepArgs& a) : draws(a.noise == Noise::portable) {
-    for (int k = 0; k < a.num_terms; ++k) {
-      if (a.weights[k] == 0) continue;
-      weights[count] = (T)a.weights[k];
-      term[count++] = &a.terms[k];
-    }
-    weights[count] = (T)a.w_noise;
+  void add(const Operand& o, int64_t bytes, T weight) {
+    if (weight == 0) return;
+    read[count] = &o;
+    offset[count] = bytes;
+    weights[count++] = weight;
   }
 };
 
-// Calls f(walk, n) for the rows of elements [begin, end), each of at most `longest` elements.
-template <typename F>
+// What the step makes of one sample: the prediction of a model's output, where there is one, and the next sample.
+template <typename T>
+struct Recipe {
+  Sum<T> prediction, next;
+  int64_t newest;  // offset of the prediction
+  uint32_t counter;
+  bool predicts, draws;
+
+  Recipe(const StepArgs& a, int64_t b) : predicts(a.rows.prediction_column != 0) {
+    const auto c = coefficients_of<T, kMaxTerms>(a.rows, b);
+    const int slot = ring_slot(a.rows);
+    newest = ring_offset(a.rows, slot, 0);
+    counter = c.counter;
+    draws = a.drawn.source == Noise::portable && c.noise != 0;
+    if (predicts) {
+      prediction.add(a.terms[0], 0, c.p[0]);
+      prediction.add(a.terms[1], 0, c.p[1]);
+      prediction.add(a.guide, 0, c.p[2]);
+    }
+    for (int k = 0; k < a.num_terms; ++k) {
+      if (predicts && k == 1) next.add(a.denoised, newest, c.w[k]);
+      else next.add(a.terms[k], k > 1 && k <= a.rows.predictions ? ring_offset(a.rows, slot, k - 1) : 0, c.w[k]);
+    }
+    next.weights[next.count] = draws ? c.noise : T(0);
+  }
+};
+
+// Calls f(walk, recipe, n) for the rows of elements [begin, end), each of at most `longest` elements.
+template <typename T, typename F>
 inline void for_each_row(const StepArgs& a, int64_t begin, int64_t end, int64_t longest, const F& f) {
   Walk walk(a, begin);
+  int64_t sample = walk.sample();
+  Recipe<T> recipe(a, sample);
   for (int64_t e = begin; e < end;) {
     int64_t width = walk.left_in_row();
     if (width > end - e) width = end - e;
     if (width > longest) width = longest;
-    f(walk, (int)width);
+    if (walk.sample() != sample) recipe = Recipe<T>(a, sample = walk.sample());
+    f(walk, recipe, (int)width);
     walk.advance((int)width);
     e += width;
   }
 }
 
-// Combines one row of every term into out, drawing the noise that is part of it.
+// Combines one row of every operand of a sum into out, drawing the noise that is part of it.
 template <typename T, typename S>
-inline void combine_row(S* out, const S* const* rows, const Terms<T>& terms, const Walk& walk, int n) {
-  if (!terms.draws) return combine_any<false, T, S>(out, rows, terms.count, nullptr, terms.weights, n);
+inline void combine_row(S* out, const S* const* rows, const Sum<T>& sum, const Walk& walk, bool draws, uint32_t counter, int n) {
+  if (!draws) return combine_any<false, T, S>(out, rows, sum.count, nullptr, sum.weights, n);
   alignas(64) float noise[kTile];
   alignas(64) T wide[kTile];
-  walk.draw(noise, n);
+  walk.draw(noise, n, counter);
   const T* z = load_row<T>(reinterpret_cast<const char*>(noise), 4, DType::float32, n, wide);
-  combine_any<true, T, S>(out, rows, terms.count, z, terms.weights, n);
+  combine_any<true, T, S>(out, rows, sum.count, z, sum.weights, n);
 }
 
-// All of one storage type S and contiguous along the rows: read and written in place. Without noise the rows may be long, so
-// that the processor prefetches across pages.
+// All of one storage type S and contiguous along the rows: read and written in place. Rows may be long, so that the processor
+// prefetches across pages, but where noise or a prediction is to stay in cache.
 template <typename T, typename S>
-void step_in_place(const StepArgs& a, const Terms<T>& terms, int64_t begin, int64_t end) {
-  for_each_row(a, begin, end, terms.draws ? kTile : int64_t{1} << 30, [&](const Walk& walk, int n) {
-    const S* rows[kMaxTerms];
-    for (int k = 0; k < terms.count; ++k) rows[k] = reinterpret_cast<const S*>(walk.address(*terms.term[k]));
-    combine_row<T, S>(reinterpret_cast<S*>(walk.address(a.out)), rows, terms, walk, n);
+void step_in_place(const StepArgs& a, int64_t begin, int64_t end) {
+  const bool stays = a.drawn.source == Noise::portable || a.rows.prediction_column != 0;
+  for_each_row<T>(a, begin, end, stays ? kTile : int64_t{1} << 30, [](const Walk& walk, const Recipe<T>& recipe, int n) {
+    const auto combine = [&](char* out, const Sum<T>& sum, bool draws) {
+      const S* rows[kMaxTerms];
+      for (int k = 0; k < sum.count; ++k) rows[k] = reinterpret_cast<const S*>(walk.address(*sum.read[k], sum.offset[k]));
+      combine_row<T, S>(reinterpret_cast<S*>(out), rows, sum, walk, draws, recipe.counter, n);
+    };
+    if (recipe.predicts) combine(walk.address(walk.a.denoised, recipe.newest), recipe.prediction, false);
+    combine(walk.address(walk.a.out), recipe.next, recipe.draws);
   });
 }
 
 // Anything else goes tile by tile through rows of type T.
 template <typename T>
-void step_in_tiles(const StepArgs& a, const Terms<T>& terms, int64_t begin, int64_t end) {
+void step_in_tiles(const StepArgs& a, int64_t begin, int64_t end) {
   alignas(64) T buffers[kMaxTerms][kTile];
   alignas(64) T result[kTile];
   const int inner = a.ndim - 1;
-  for_each_row(a, begin, end, kTile, [&](const Walk& walk, int n) {
-    const T* rows[kMaxTerms];
-    for (int k = 0; k < terms.count; ++k) {
-      const Operand& o = *terms.term[k];
-      rows[k] = load_row<T>(walk.address(o), o.strides[inner], o.dtype, n, buffers[k]);
-    }
-    combine_row<T, T>(result, rows, terms, walk, n);
-    store_row<T>(walk.address(a.out), a.out.strides[inner], a.out.dtype, n, result);
+  for_each_row<T>(a, begin, end, kTile, [&](const Walk& walk, const Recipe<T>& recipe, int n) {
+    const auto combine = [&](const Operand& out, int64_t offset, const Sum<T>& sum, bool draws) {
+      const T* rows[kMaxTerms];
+      for (int k = 0; k < sum.count; ++k) {
+        const Operand& o = *sum.read[k];
+        rows[k] = load_row<T>(walk.address(o, sum.offset[k]), o.strides[inner], o.dtype, n, buffers[k]);
+      }
+      combine_row<T, T>(result, rows, sum, walk, draws, recipe.counter, n);
+      store_row<T>(walk.address(out, offset), out.strides[inner], out.dtype, n, result);
+    };
+    if (recipe.predicts) combine(a.denoised, recipe.newest, recipe.prediction, false);
+    combine(a.out, 0, recipe.next, recipe.draws);
   });
 }
 
 template <typename T>
 void step_range(const StepArgs& a, int64_t begin, int64_t end) {
-  const Terms<T> terms(a);
-  const int inner = a.ndim - 1;
   const DType t = a.out.dtype;
-  bool in_place = a.out.strides[inner] == size_of(t);
-  for (int k = 0; k < terms.count; ++k) in_place &= terms.term[k]->dtype == t && terms.term[k]->strides[inner] == size_of(t);
+  const auto in_place = [&](const Operand& o) { return !o.data || (o.dtype == t && o.strides[a.ndim - 1] == size_of(t)); };
+  bool all = in_place(a.out) && in_place(a.denoised) && in_place(a.guide);
+  for (int k = 0; k < a.num_terms; ++k) all &= in_place(a.terms[k]);
   if constexpr (sizeof(T) == 8) {
-    if (in_place && t == DType::float64) return step_in_place<double, double>(a, terms, begin, end);
+    if (all && t == DType::float64) return step_in_place<double, double>(a, begin, end);
   } else {
-    if (in_place && t == DType::float32) return step_in_place<float, float>(a, terms, begin, end);
-    if (in_place && t == DType::bfloat16) return step_in_place<float, BFloat16>(a, terms, begin, end);
-    if (in_place && t == DType::float16) return step_in_place<float, Float16>(a, terms, begin, end);
+    if (all && t == DType::float32) return step_in_place<float, float>(a, begin, end);
+    if (all && t == DType::bfloat16) return step_in_place<float, BFloat16>(a, begin, end);
+    if (all && t == DType::float16) return step_in_place<float, Float16>(a, begin, end);
   }
-  step_in_tiles<T>(a, terms, begin, end);
+  step_in_tiles<T>(a, begin, end);
 }
 
 inline void step(const StepArgs& args, int64_t begin, int64_t end) {

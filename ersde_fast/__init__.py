@@ -1,14 +1,16 @@
 """ersde-fast: the ER-SDE sampler's step (arXiv 2309.06169) as one fused kernel, with exact weights."""
 
+from .backends import available_backends
 from .noise import portable_noise, torch_noise
 from .noise_scaler import reverse_time_sde
-from .plan import Plan, er_sde_plan
+from .plan import Plan, PlanStack, er_sde_plan, stack_plans
 from .reference import reference_step
 from .sample import sample_er_sde
-from .step import available_backends, fast_step
+from .step import fast_step
 
 __all__ = [
     "Plan",
+    "PlanStack",
     "available_backends",
     "er_sde_plan",
     "fast_step",
@@ -16,5 +18,6 @@ __all__ = [
     "reference_step",
     "reverse_time_sde",
     "sample_er_sde",
+    "stack_plans",
     "torch_noise",
 ]

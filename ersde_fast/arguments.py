@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from .noise import MAX_POSITIONS, TORCH_PIECE, check_torch_layout, seeds_of
+from .noise import MAX_POSITIONS, TORCH_PIECE, check_torch_layout, has_values, seeds_of
+from .plan import PREDICTION_TYPES, Plan, PlanStack
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NUMBER_OF_TYPE = {None: -1} | {name: k for k, name in enumerate(PREDICTION_TYPES)}
 
 
 def check_step(
@@ -22,29 +24,41 @@ def check_step(
     global_shape=None,
     global_start=None,
     torch_layout=None,
-) -> None:
-    """Raises ValueError or TypeError, naming the argument, for anything the step cannot do."""
-    if not isinstance(i, int) or isinstance(i, bool):
-        raise TypeError(f"i must be a whole number, the index of the step, got {i!r}")
-    if not 0 <= i < plan.num_steps:
-        raise ValueError(f"i must be 0 to {plan.num_steps - 1} (the plan has {plan.num_steps} steps), got {i}")
+    prediction_type=None,
+    guidance=None,
+) -> int:
+    """Raises ValueError or TypeError, naming the argument, for anything the step cannot do.
+
+    Returns how much of the history the step reads.
+    """
     _check_tensor("x", x)
-    row = plan.rows[i]
+    uses = _check_index(plan, i, x)
+    if not isinstance(prediction_type, (str, type(None))) or prediction_type not in NUMBER_OF_TYPE:
+        names = ", ".join(map(repr, PREDICTION_TYPES))
+        raise ValueError(f"prediction_type must be None or one of {names}, got {prediction_type!r}")
+    if prediction_type is not None:
+        uses = max(uses, 1)
     if not isinstance(history, (list, tuple)):
         raise TypeError(f"history must be a list of predictions, newest first, got {type(history).__name__}")
-    if len(history) < len(row.w_d):
-        raise ValueError(f"history must hold the {len(row.w_d)} newest predictions at step {i}, got {len(history)}")
-    for j, denoised in enumerate(history[: len(row.w_d)]):
-        _check_like(f"history[{j}]", denoised, x)
+    if len(history) < uses:
+        at = (
+            f" at step {i}"
+            if isinstance(i, int)
+            else ", as many as the plan's order: those that a step does not use are not read"
+        )
+        raise ValueError(f"history must hold the {uses} newest predictions{at}, got {len(history)}")
+    for j, denoised in enumerate(history[:uses]):
+        check_like(f"history[{j}]", denoised, x)
+    guides = _check_guidance(plan, i, x, prediction_type, guidance)
     check_one_source(noise=noise, generator=generator, seed=seed)
     if noise is not None:
-        _check_like("noise", noise, x)
+        check_like("noise", noise, x)
     if generator is not None:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         if generator.device.type != x.device.type or (generator.device.index or 0) != (x.device.index or 0):
             raise ValueError(f"generator must be on the device of x, {x.device}, got one on {generator.device}")
-    if seed is not None:
+    if seed is not None and type(seed) is not int:
         seeds_of(seed, x)
     _check_shard(x, seed, global_shape, global_start)
     if torch_layout is not None:
@@ -54,7 +68,78 @@ def check_step(
         if x.numel() * x.element_size() > TORCH_PIECE:
             raise ValueError(f"torch_layout needs x below 2 GiB, got {tuple(x.shape)}: torch draws larger tensors in pieces")
     if out is not None:
-        _check_out(out, x, history[: len(row.w_d)], noise)
+        _check_out(out, x, history[:uses], noise, guides)
+    return uses
+
+
+def _check_index(plan, i, x: Tensor) -> int:
+    """Checks the plan and the step, and says how many predictions the step uses."""
+    if isinstance(i, tuple):
+        if not isinstance(plan, PlanStack):
+            raise TypeError(f"plan must be a stack of stack_plans where i is a pair, got {type(plan).__name__}")
+        if len(i) != 2:
+            raise ValueError(f"i must be a pair (plan_index, step_index), got {len(i)} values")
+        batch = x.shape[0] if x.dim() else 1
+        for name, index, end in [("plan_index", i[0], plan.num_plans), ("step_index", i[1], plan.num_steps)]:
+            _check_integers(name, index, (batch,))
+            _check_device(name, index, x.device)
+            if has_values(index) and batch and not 0 <= int(index.min()) <= int(index.max()) < end:
+                raise ValueError(f"{name} must be 0 to {end - 1}, got {index.tolist()}")
+        if has_values(i[0]) and has_values(i[1]) and has_values(plan.table):
+            for b, missing in enumerate(plan.table[i][:, 0].isnan().tolist()):
+                if missing:
+                    raise ValueError(f"step_index[{b}] = {int(i[1][b])} is behind the last step of plan {int(i[0][b])}")
+        return plan.order
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan must be a plan of er_sde_plan, or a stack of them with i = (plan_index, step_index), got {type(plan).__name__}"
+        )
+    if plan.table.device not in (torch.device("cpu"), x.device):
+        raise ValueError(
+            f"plan must be on the CPU or on the device of x, {x.device}, got {plan.table.device}: use plan.to(x.device)"
+        )
+    if isinstance(i, Tensor):
+        _check_integers("i", i, ())
+        if i.device != x.device and not i.is_cpu:
+            raise ValueError(f"i must be on the CPU or on the device of x, {x.device}, got {i.device}")
+        if not has_values(i):
+            return plan.order
+        i = i.item()
+    elif not isinstance(i, int) or isinstance(i, bool):
+        raise TypeError(f"i must be a whole number, the index of the step, or an int64 tensor of it, got {i!r}")
+    if not 0 <= i < plan.num_steps:
+        raise ValueError(f"i must be 0 to {plan.num_steps - 1} (the plan has {plan.num_steps} steps), got {i}")
+    return len(plan.rows[i].w_d) if has_values(plan.table) else min(plan.orders[i], i + 1)
+
+
+def prediction_arguments(prediction_type, guidance) -> tuple:
+    """The number of the prediction type (-1: none), the unconditional output and the scale, of checked arguments."""
+    unconditional, scale = (None, None) if guidance is None else guidance
+    return NUMBER_OF_TYPE[prediction_type], unconditional, scale
+
+
+def _check_guidance(plan, i, x: Tensor, prediction_type, guidance) -> list[tuple[str, Tensor]]:
+    """Checks what turns a model's output into a prediction, and names the tensor that it reads."""
+    if prediction_type == "epsilon" and isinstance(i, int) and has_values(plan.table) and plan.alphas[i] == 0:
+        raise ValueError(f'prediction_type "epsilon" says nothing of the clean sample where alpha is 0, as at step {i}')
+    if guidance is None:
+        return []
+    if prediction_type is None:
+        raise ValueError('guidance needs a prediction_type ("sample" where the model predicts the clean sample)')
+    if not isinstance(guidance, (tuple, list)) or len(guidance) != 2:
+        raise TypeError(f"guidance must be a pair (unconditional output, scale), got {type(guidance).__name__}")
+    unconditional, scale = guidance
+    check_like("guidance[0]", unconditional, x)
+    if isinstance(scale, Tensor):
+        batch = x.shape[0] if x.dim() else 1
+        if scale.dtype != torch.float64 or scale.shape != (batch,):
+            raise ValueError(
+                f"guidance[1] must be a number or float64 [{batch}], one for each sample, got {scale.dtype} {tuple(scale.shape)}"
+            )
+        _check_device("guidance[1]", scale, x.device)
+    elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise TypeError(f"guidance[1] must be a finite number or float64 [batch], got {scale!r}")
+    return [("guidance[0]", unconditional)]
 
 
 def check_one_source(**sources) -> None:
@@ -62,6 +147,17 @@ def check_one_source(**sources) -> None:
     named = [name for name, source in sources.items() if source is not None]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} were given: name one source of noise")
+
+
+def _check_integers(name: str, value, shape: tuple) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.shape != shape:
+        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be an int64 tensor of shape {shape}, got {what}")
+
+
+def _check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of x, {device}, got {value.device}: use {name}.to(x.device)")
 
 
 def _check_tensor(name: str, value) -> None:
@@ -73,12 +169,11 @@ def _check_tensor(name: str, value) -> None:
         raise TypeError(f"{name} must be a strided tensor, got {value.layout}: use {name}.to_dense()")
 
 
-def _check_like(name: str, value, x: Tensor) -> None:
+def check_like(name: str, value, x: Tensor) -> None:
     _check_tensor(name, value)
     if value.shape != x.shape:
         raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}")
-    if value.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}: use {name}.to(x.device)")
+    _check_device(name, value, x.device)
 
 
 def _check_shard(x: Tensor, seed, global_shape, global_start) -> None:
@@ -105,13 +200,14 @@ def _check_shard(x: Tensor, seed, global_shape, global_start) -> None:
         raise ValueError(f"global_shape must have at most 2^42 elements, got {math.prod(global_shape)}")
 
 
-def _check_out(out, x: Tensor, history, noise) -> None:
-    _check_like("out", out, x)
+def _check_out(out, x: Tensor, history, noise, guides) -> None:
+    check_like("out", out, x)
     if out.dtype != x.dtype:
         raise TypeError(f"out must have the dtype of x, {x.dtype}, got {out.dtype}")
     inputs = [
         ("x", x),
         *((f"history[{j}]", d) for j, d in enumerate(history)),
+        *guides,
         *([("noise", noise)] if noise is not None else []),
     ]
     if torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in [*inputs, ("out", out)]):

@@ -95,8 +95,8 @@ def check_torch_layout(torch_layout) -> None:
 def seed_table(seed, batch: int) -> Tensor:
     """The seed argument as an int64 tensor [batch, 2] of (seed as a signed word, sample)."""
     if isinstance(seed, Tensor):
-        if seed.is_cuda and seed.dtype == torch.int64 and seed.shape == (batch, 2):
-            return seed  # on the device already, as a captured graph needs it: its values are not checked
+        if seed.dtype == torch.int64 and seed.shape == (batch, 2) and not has_values(seed):
+            return seed
         seed = seed.tolist()
     if _is_int(seed):
         pairs = [(seed, b) for b in range(batch)]
@@ -115,6 +115,13 @@ def seed_table(seed, batch: int) -> Tensor:
     return torch.tensor(signed, dtype=torch.int64, device="cpu").reshape(batch, 2)
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether Python may look at the numbers: they are on the host, and no transform or tracer stands before them."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return tensor.is_cpu and type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def seeds_of(seed, x: Tensor) -> Tensor:
     """`seed_table` for the batch of x; a 0-d tensor is one sample."""
     return seed_table(seed, x.shape[0] if x.dim() else 1)
@@ -127,16 +134,16 @@ def _is_int(value) -> bool:
 def specified_noise(
     shape: Sequence[int],
     seeds: Tensor,
-    step: int,
+    step: int | Tensor,
     global_shape: Sequence[int] | None = None,
     global_start: Sequence[int] | None = None,
 ) -> Tensor:
     """The stream in plain PyTorch, float32 on the device of `seeds` [batch, 2]: the specification of every kernel's bits.
 
-    With `global_shape` and `global_start`, [batch, *shape[1:]] is the part of each sample of that shape from that start.
+    `step` is one number, or int64 [] or [batch] of them. With `global_shape` and `global_start`, [batch, *shape[1:]] is the part of each sample of that shape from that start.
     """
     local = tuple(shape[1:])
-    if global_shape is None:
+    if not global_shape:
         groups = torch.arange(-(-math.prod(local) // 4), device=seeds.device)
         return _normals(seeds, step, groups).flatten(1)[:, : math.prod(local)].reshape(shape)
     position = torch.zeros(local, dtype=torch.int64, device=seeds.device)
@@ -150,12 +157,13 @@ def specified_noise(
     return four.gather(2, (position % 4).expand(len(seeds), -1)[..., None]).reshape(shape)
 
 
-def _normals(seeds: Tensor, step: int, groups: Tensor) -> Tensor:
+def _normals(seeds: Tensor, step: int | Tensor, groups: Tensor) -> Tensor:
     """[batch, len(groups), 4] normals."""
     seed, sample = seeds[:, :1], seeds[:, 1:]
+    step = step.reshape(-1, 1) if isinstance(step, Tensor) else torch.tensor([[step & WORD]], device=seeds.device)
     counter = (
         groups & WORD,
-        torch.full_like(groups, step & WORD),
+        step & WORD,
         sample & WORD,
         groups >> 32 << 24 | 1 << 16 | sample >> 32 & 0xFFFF,  # the tag 1 keeps clear of torch's and Triton's counters
     )

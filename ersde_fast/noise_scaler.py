@@ -22,11 +22,13 @@ class NoiseScaler:
         log_growth: `(er_lambda, distance)`, float64 tensors that broadcast, to log(phi(l) / l) at
             `l = er_lambda * exp(distance)` less its value at `l = er_lambda`; `distance >= 0`, and inf gives the limit.
         at_infinity: whether phi(l) / l has a limit (infinity counts) that a flow schedule may start from.
+        form: which functional form csrc/er_sde_plan.h has for it, and its eta; None for a user's function.
     """
 
     name: str
     log_growth: Callable[[Tensor, Tensor], Tensor]
     at_infinity: bool = True
+    form: tuple[int, float] | None = None
 
 
 def reverse_time_sde(eta: float) -> NoiseScaler:
@@ -38,8 +40,12 @@ def reverse_time_sde(eta: float) -> NoiseScaler:
     if not (isinstance(eta, (int, float)) and math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be a finite number of at least 0, got {eta!r}")
     if eta == 0:
-        return NoiseScaler("reverse_time_sde(0)", lambda l, y: torch.zeros_like(l * torch.ones_like(y)))
-    return NoiseScaler(f"reverse_time_sde({eta:g})", lambda l, y: eta * y.expand(torch.broadcast_shapes(l.shape, y.shape)))
+        return NoiseScaler("reverse_time_sde(0)", lambda l, y: torch.zeros_like(l * torch.ones_like(y)), form=(0, 0.0))
+    return NoiseScaler(
+        f"reverse_time_sde({eta:g})",
+        lambda l, y: eta * y.expand(torch.broadcast_shapes(l.shape, y.shape)),
+        form=(0, float(eta)),
+    )
 
 
 def _sde_1(l: Tensor, y: Tensor) -> Tensor:
@@ -69,11 +75,11 @@ def _sde_5(l: Tensor, y: Tensor) -> Tensor:
 NOISE_SCALERS = {
     "ode": reverse_time_sde(0),
     "sde": reverse_time_sde(1),
-    "sde_1": NoiseScaler("sde_1", _sde_1),
+    "sde_1": NoiseScaler("sde_1", _sde_1, form=(1, 0.0)),
     "sde_2": reverse_time_sde(0.5),
     "sde_3": reverse_time_sde(1.5),
-    "sde_4": NoiseScaler("sde_4", _sde_4, at_infinity=False),
-    "sde_5": NoiseScaler("sde_5", _sde_5),
+    "sde_4": NoiseScaler("sde_4", _sde_4, at_infinity=False, form=(2, 0.0)),
+    "sde_5": NoiseScaler("sde_5", _sde_5, form=(3, 0.0)),
 }
 
 

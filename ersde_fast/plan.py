@@ -11,7 +11,7 @@ and no weight depends on data.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,6 +21,11 @@ from torch import Tensor
 
 from .noise_scaler import NoiseScaler, get_noise_scaler
 
+try:
+    from . import _C
+except ImportError:
+    _C = None
+
 EPS = torch.finfo(torch.float64).eps
 CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
 MAX_ORDER = {"taylor": 3, "newton": 5}
@@ -28,30 +33,78 @@ MAX_ORDER = {"taylor": 3, "newton": 5}
 _GAUSS_X, _GAUSS_W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
 
 
+PREDICTION_TYPES = ("sample", "epsilon", "v", "flow")
+COLUMNS_BEHIND = 2 * len(PREDICTION_TYPES) + 1  # behind w_noise in a table; kColumnsBehind of csrc/er_sde_step.h
+
+
 class Row(NamedTuple):
-    """The weights of one step as Python floats; `w_d` ends at the oldest prediction that the step reads."""
+    """One step as Python numbers: its weights, of which `w_d` ends at the oldest prediction that the step reads, the factors of
+    x and of the model's output in the prediction for each of PREDICTION_TYPES, and the counter of its portable noise."""
 
     w_x: float
     w_d: tuple[float, ...]
     w_noise: float
+    predictions: tuple[tuple[float, float], ...] = ()
+    counter: int = 0
+
+
+class _Table:
+    """What a plan and a stack of plans share: rows that say all that a step needs, on one device.
+
+    A row is w_x | w_d[0] ... w_d[order - 1] | w_noise | for each of PREDICTION_TYPES the factors of x and of the model's output |
+    the counter of the portable noise.
+    """
+
+    table: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        return self.table.shape[-2]
+
+    @property
+    def order(self) -> int:
+        """The largest order of any step."""
+        return self.table.shape[-1] - 2 - COLUMNS_BEHIND
+
+    @property
+    def weights(self) -> Tensor:
+        """float64 [..., num_steps, order + 2], columns w_x | w_d[0] ... w_d[order - 1] | w_noise."""
+        return self.table[..., : self.order + 2]
+
+    def to(self, device: torch.device | str):
+        """The same with its tensors on a device, for steps whose index lies there; made once for each device."""
+        device = torch.empty(0, device=device).device  # with its index
+        if device == self.table.device:
+            return self
+        if device not in self._copies:
+            moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+            self._copies[device] = replace(self, **moved)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict:
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(_Table):
     """What `er_sde_plan` returns. Immutable: any number of runs, threads and batches may share one.
 
     Attributes:
-        sigmas, alphas, er_lambdas: float64 CPU tensors [num_steps + 1].
-        weights: float64 CPU tensor [num_steps, order + 2], columns w_x | w_d[0] ... w_d[order - 1] | w_noise.
+        sigmas, alphas, er_lambdas: float64 tensors [num_steps + 1], on the CPU or where `sigmas` were.
+        weights: float64 tensor [num_steps, order + 2], columns w_x | w_d[0] ... w_d[order - 1] | w_noise.
         orders: the order asked for at each step.
+        draws: whether any step adds noise; of a plan on a device, whether one can.
         first_step: step i draws the portable noise of step `first_step + i`.
     """
 
     sigmas: Tensor
     alphas: Tensor
     er_lambdas: Tensor
-    weights: Tensor
+    table: Tensor
+    draws: bool
     orders: tuple[int, ...]
+    process: str | None
     noise_scaler: NoiseScaler
     method: str
     node_scale: float
@@ -59,23 +112,16 @@ class Plan:
     s_noise: float
     first_step: int = 0
 
-    @property
-    def num_steps(self) -> int:
-        return len(self.orders)
-
-    @property
-    def order(self) -> int:
-        """The largest order of any step."""
-        return max(self.orders)
-
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """The rows of `weights` as Python numbers."""
-        rows = []
-        for w_x, *w_d, w_noise in self.weights.tolist():
+        """The rows of the table as Python numbers; waits for the device of a plan that lies on one."""
+        rows, order = [], self.order
+        for row in self.table.tolist():
+            w_d = row[1 : order + 1]
             while w_d and w_d[-1] == 0:
                 w_d.pop()
-            rows.append(Row(w_x, tuple(w_d), w_noise))
+            pairs = row[order + 2 : -1]
+            rows.append(Row(row[0], tuple(w_d), row[order + 1], tuple(zip(pairs[::2], pairs[1::2], strict=True)), int(row[-1])))
         return tuple(rows)
 
     def starting_at(self, i: int) -> "Plan":
@@ -87,9 +133,62 @@ class Plan:
         if not 0 <= i < self.num_steps:
             raise ValueError(f"i must be 0 to {self.num_steps - 1} (the plan has {self.num_steps} steps), got {i}")
         return _build(
-            self.sigmas[i:], self.alphas[i:], self.orders[i:], self.noise_scaler, self.method,
-            self.node_scale, self.integration_points, self.s_noise, self.first_step + i,
+            self.sigmas[i:], None if self.process else self.alphas[i:], self.orders[i:], self.process, self.noise_scaler,
+            self.method, self.node_scale, self.integration_points, self.s_noise, self.first_step + i,
         )  # fmt: skip
+
+    def check(self) -> None:
+        """Says what is wrong with a plan that was built on a device, where a step that cannot be is a row of NaN.
+
+        Waits for the device. A plan of the host was checked when it was built.
+
+        Raises:
+            ValueError: what `er_sde_plan` says of the same schedule on the host.
+        """
+        alphas = None if self.process else self.alphas.to(CPU)
+        er_sde_plan(
+            self.sigmas.to(CPU), alphas, self.process or "ve", self.orders, self.noise_scaler, self.method,
+            self.node_scale, self.integration_points, self.s_noise,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class PlanStack(_Table):
+    """What `stack_plans` returns: the tables of several plans in one, for batches whose samples follow different plans.
+
+    Attributes:
+        weights: float64 tensor [num_plans, num_steps, order + 2]; a row behind a shorter plan's last is NaN.
+        draws: whether any step of any plan adds noise.
+    """
+
+    table: Tensor
+    draws: bool
+
+    @property
+    def num_plans(self) -> int:
+        return self.table.shape[0]
+
+
+def stack_plans(plans: Sequence[Plan]) -> PlanStack:
+    """Stacks plans so that each sample of a batch can be at its own step of its own plan, in one kernel.
+
+    Args:
+        plans: at least one, all on one device; their numbers of steps and their orders may differ.
+    """
+    if not isinstance(plans, Sequence) or not plans or not all(isinstance(plan, Plan) for plan in plans):
+        raise TypeError(f"plans must be a list of at least one plan of er_sde_plan, got {plans!r}")
+    devices = {plan.table.device for plan in plans}
+    if len(devices) > 1:
+        raise ValueError(f"plans must be on one device, got {', '.join(sorted(map(str, devices)))}: use plan.to(device)")
+    order, num_steps = max(plan.order for plan in plans), max(plan.num_steps for plan in plans)
+    table = torch.full((len(plans), num_steps, order + 2 + COLUMNS_BEHIND), math.nan, dtype=torch.float64, device=devices.pop())
+    table[:, :, -1] = 0
+    for rows, plan in zip(table, plans, strict=True):
+        rows = rows[: plan.num_steps]
+        rows[:, : plan.order + 1] = plan.table[:, : plan.order + 1]
+        rows[:, plan.order + 1 : order + 1] = 0
+        rows[:, order + 1 :] = plan.table[:, plan.order + 1 :]
+    return PlanStack(table, any(plan.draws for plan in plans))
 
 
 def er_sde_plan(
@@ -107,7 +206,9 @@ def er_sde_plan(
 
     Args:
         sigmas: [num_steps + 1] noise levels, non-increasing, the last may be 0. Any device and float dtype; computed in
-            float64. Repeated values are identity steps.
+            float64. Repeated values are identity steps. The plan of a CUDA tensor is built there by one kernel, without waiting
+            for the device; what is wrong with it is then NaN in the rows concerned, and `plan.check()` says what. (With a
+            function as noise_scaler, and without the CUDA extension, it is built on the host.)
         alphas: [num_steps + 1] signal levels; None takes them from `process`.
         process: "ve": alpha = 1. "vp": alpha = sqrt(1 - sigma^2). "flow": alpha = 1 - sigma.
         order: 1 to 3 ("taylor") or 1 to 5 ("newton"), or one such number for each step. A step uses as many predictions
@@ -125,27 +226,10 @@ def er_sde_plan(
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.
     """
-    if process not in ("ve", "vp", "flow"):
+    if process not in PROCESSES:
         raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}')
     if method not in MAX_ORDER:
         raise ValueError(f'method must be "taylor" or "newton", got {method!r}')
-    sigmas = _schedule("sigmas", sigmas)
-    if alphas is None:
-        if process != "ve" and sigmas.max() > 1:
-            at = int((sigmas > 1).nonzero()[0])
-            raise ValueError(f'sigmas must be at most 1 for process "{process}", got sigmas[{at}] = {sigmas[at].item():g}')
-        alphas = {
-            "ve": torch.ones_like,
-            "vp": lambda sigma: torch.sqrt((1 - sigma) * (1 + sigma)),
-            "flow": lambda sigma: 1 - sigma,
-        }[process](sigmas)
-    else:
-        alphas = _schedule("alphas", alphas)
-        if len(alphas) != len(sigmas):
-            raise ValueError(f"alphas must have the length of sigmas, {len(sigmas)}, got {len(alphas)}")
-    num_steps = len(sigmas) - 1
-    if (empty := (alphas == 0) & (sigmas == 0)).any():
-        raise ValueError(f"alphas and sigmas must not both be 0, as at index {int(empty.nonzero()[0])}")
     if node_scale != math.inf and method == "taylor":
         raise ValueError(f'node_scale needs method="newton", got node_scale={node_scale!r} with method="taylor"')
     if not (isinstance(node_scale, (int, float)) and node_scale > 0):
@@ -157,33 +241,45 @@ def er_sde_plan(
             raise ValueError(f"integration_points must be None or a whole number of at least 1, got {integration_points!r}")
     if not (isinstance(s_noise, (int, float)) and math.isfinite(s_noise) and s_noise >= 0):
         raise ValueError(f"s_noise must be a finite number of at least 0, got {s_noise!r}")
+    noise_scaler = get_noise_scaler(noise_scaler)
+    by_kernel = noise_scaler.form is not None and _C is not None
+    device = sigmas.device if by_kernel and _C.has_cuda and isinstance(sigmas, Tensor) and sigmas.is_cuda else CPU
+    sigmas = _schedule("sigmas", sigmas, device)
+    if alphas is not None:
+        process, alphas = None, _schedule("alphas", alphas, device)
+        if len(alphas) != len(sigmas):
+            raise ValueError(f"alphas must have the length of sigmas, {len(sigmas)}, got {len(alphas)}")
     return _build(
-        sigmas, alphas, _orders(order, num_steps, method), get_noise_scaler(noise_scaler), method,
+        sigmas, alphas, _orders(order, len(sigmas) - 1, method), process, noise_scaler, method,
         float(node_scale), integration_points, float(s_noise), 0,
     )  # fmt: skip
+
+
+PROCESSES = {
+    "ve": torch.ones_like,
+    "vp": lambda sigma: torch.sqrt((1 - sigma) * (1 + sigma)),
+    "flow": lambda sigma: 1 - sigma,
+}
 
 
 def _is_int(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _schedule(name: str, values) -> Tensor:
-    """A schedule argument as a float64 CPU tensor, checked for what any schedule must be."""
+def _schedule(name: str, values, device: torch.device) -> Tensor:
+    """A schedule argument as a tensor of its own on the device, float64 (there also float32)."""
     try:
         if isinstance(values, np.ndarray):
             values = values.copy()  # as_tensor refuses negative strides, which a flipped schedule has
         values = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64, device=CPU)
-        schedule = values.detach().to(CPU, torch.float64, copy=True)
+        as_it_is = device != CPU and values.dtype in (torch.float32, torch.float64)
+        schedule = values.detach().to(device, values.dtype if as_it_is else torch.float64, copy=device == CPU)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a list, array or tensor of real numbers, got {type(values).__name__}: {error}"
         ) from None
     if schedule.dim() != 1 or len(schedule) < 2:
         raise ValueError(f"{name} must be one-dimensional with at least 2 values, got shape {tuple(schedule.shape)}")
-    bad = ~(torch.isfinite(schedule) & (schedule >= 0))
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise ValueError(f"{name} must be finite and at least 0, got {name}[{at}] = {schedule[at].item():g}")
     return schedule
 
 
@@ -200,8 +296,30 @@ def _orders(order, num_steps: int, method: str) -> tuple[int, ...]:
     return tuple(int(o) for o in orders)
 
 
-def _build(sigmas, alphas, orders, noise_scaler, method, node_scale, integration_points, s_noise, first_step) -> Plan:
+def _build(sigmas, alphas, orders, process, noise_scaler, *options) -> Plan:
+    """The plan of a schedule, `alphas` or `process` given: by the kernel where it can, else, and to say what is wrong, here."""
+    if noise_scaler.form is not None and _C is not None:
+        plan = _build_by_kernel(sigmas, alphas, orders, process, noise_scaler, *options)
+        if sigmas.device != CPU or not plan.table[:, 0].isnan().any():
+            return plan
+    return _build_by_torch(sigmas, alphas, orders, process, noise_scaler, *options)
+
+
+def _build_by_torch(
+    sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, first_step
+) -> Plan:
+    """The plan of any noise scaler, on the host, every step of it checked."""
+    _check_levels("sigmas", sigmas)
+    if process is None:
+        _check_levels("alphas", alphas)
+    elif process != "ve" and sigmas.max() > 1:
+        at = int((sigmas > 1).nonzero()[0])
+        raise ValueError(f'sigmas must be at most 1 for process "{process}", got sigmas[{at}] = {sigmas[at].item():g}')
+    else:
+        alphas = PROCESSES[process](sigmas)
     er_lambdas = sigmas / alphas
+    if (empty := (alphas == 0) & (sigmas == 0)).any():
+        raise ValueError(f"alphas and sigmas must not both be 0, as at index {int(empty.nonzero()[0])}")
     rising = er_lambdas[1:] > er_lambdas[:-1]
     if rising.any():
         at = int(rising.nonzero()[0]) + 1
@@ -215,8 +333,54 @@ def _build(sigmas, alphas, orders, noise_scaler, method, node_scale, integration
             f"start it below, with sigmas[0] < 1, or use another noise_scaler"
         )
     weights = _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scale, integration_points, s_noise)
+    table = torch.cat([weights, _behind(sigmas[:-1], alphas[:-1], first_step)], dim=1)
+    draws = bool((weights[:, -1] != 0).any())
     return Plan(
-        sigmas, alphas, er_lambdas, weights, orders, noise_scaler, method, node_scale, integration_points, s_noise, first_step
+        sigmas, alphas, er_lambdas, table, draws, orders, process, noise_scaler, method, node_scale, integration_points, s_noise,
+        first_step,
+    )  # fmt: skip
+
+
+def _check_levels(name: str, levels: Tensor) -> None:
+    bad = ~(torch.isfinite(levels) & (levels >= 0))
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"{name} must be finite and at least 0, got {name}[{at}] = {levels[at].item():g}")
+
+
+def _behind(sigma: Tensor, alpha: Tensor, first_step: int) -> Tensor:
+    """The columns behind the weights, [num_steps, COLUMNS_BEHIND]: denoised = p_x x + p_m output for each prediction type.
+
+    x = alpha denoised + sigma epsilon, v = alpha epsilon - sigma denoised, flow = epsilon - denoised.
+    """
+    power, total = alpha**2 + sigma**2, alpha + sigma
+    factors = {
+        "sample": (torch.zeros_like(alpha), torch.ones_like(alpha)),
+        "epsilon": (1 / alpha, -sigma / alpha),
+        "v": (alpha / power, -sigma / power),
+        "flow": (1 / total, -sigma / total),
+    }
+    counter = (first_step + torch.arange(len(sigma), device=CPU)) % 2**32
+    return torch.stack([*(f for name in PREDICTION_TYPES for f in factors[name]), counter.double()], dim=1)
+
+
+def _build_by_kernel(
+    sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, first_step
+) -> Plan:
+    """The plan of a named scaler, where sigmas lie, by csrc/er_sde_plan.h: nothing waits for a device, and a step that cannot be
+    is a row of NaN."""
+    alike = len(set(orders)) == 1
+    by_step = None if alike else torch.tensor(orders, dtype=torch.int32, device=CPU).to(sigmas.device, non_blocking=True)
+    table, schedule = _C.plan(
+        sigmas, alphas, 0 if process is None else 1 + list(PROCESSES).index(process), max(orders), by_step,
+        *noise_scaler.form, list(MAX_ORDER).index(method), node_scale, integration_points or 0, s_noise, first_step,
+    )  # fmt: skip
+    if sigmas.device == CPU:
+        draws = bool((table[:, max(orders) + 1] != 0).any())
+    else:
+        draws = s_noise != 0 and noise_scaler.form != (0, 0.0)
+    return Plan(
+        *schedule, table, draws, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, first_step
     )
 
 

@@ -1,48 +1,123 @@
 """The specification: the step and its noise in plain PyTorch, for any device and dtype, differentiable."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .arguments import check_step
-from .noise import seeds_of, specified_noise
+from .arguments import check_step, prediction_arguments
+from .noise import has_values, seeds_of, specified_noise
+from .plan import COLUMNS_BEHIND, Row
 
 
-def reference_step(plan, i: int, x: Tensor, history, noise: Tensor | None = None, seed=None) -> Tensor:
+def reference_step(
+    plan, i, x: Tensor, history, noise: Tensor | None = None, seed=None, prediction_type: str | None = None, guidance=None
+):
     """One step of the plan, `x_next = w_x x + sum_j w_d[j] history[j] + w_noise noise`.
 
     Args:
-        plan: of `er_sde_plan`.
-        i: the step, 0 to plan.num_steps - 1.
+        plan: of `er_sde_plan` or `stack_plans`.
+        i: the step, as in `fast_step`.
         x: [...] the current sample, of any float dtype; computed in float32, in float64 if any input is float64.
         history: predictions of the clean sample, newest first, each of the shape of x and of any float dtype.
         noise: standard normal, of the shape of x.
         seed: the portable stream instead, see `portable_noise`. One of the two is needed where w_noise is not 0.
+        prediction_type, guidance: history[0] is the model's output, as in `fast_step`.
 
     Returns:
-        The next sample, of the shape and dtype of x. Its error is at most
-        (order + 3) 2^-24 sum |w_i x_i| plus half an ulp of its dtype (2^-53 for float64).
+        The next sample, of the shape and dtype of x; with a prediction_type the pair (next sample, prediction). The error is at
+        most (order + 3) 2^-24 sum |w_i x_i| plus half an ulp of the dtype (2^-53 for float64).
     """
-    check_step(plan, i, x, history, noise, seed=seed)
+    check_step(plan, i, x, history, noise, seed=seed, prediction_type=prediction_type, guidance=guidance)
+    kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
+    row = row_of(table_for(plan, i, x), i, x)
     if seed is not None:
-        noise = draw_portable(plan, i, x, seed)
-    return combine(plan.rows[i], x, history, noise)
+        noise = draw_portable(row, x, seeds_of(seed, x))
+    if noise is None and plan.draws and row.w_noise != 0:
+        raise ValueError("noise or seed is needed: the weight of the noise is not 0 at this step")
+    return reference(row, x, history[: plan.order], noise, kind, unconditional, scale)
 
 
-def draw_portable(plan, i: int, x: Tensor, seed, global_shape=None, global_start=None) -> Tensor | None:
-    """The step's portable noise as a float32 tensor, or None where the step adds none."""
-    if plan.rows[i].w_noise == 0:
-        return None
-    return specified_noise(x.shape, seeds_of(seed, x).to(x.device), plan.first_step + i, global_shape, global_start)
+def reference(row: Row, x: Tensor, history: Sequence[Tensor], noise: Tensor | None, kind: int, unconditional, scale):
+    """The step of one row: first the prediction of a model's output, where `kind` names one, then the next sample."""
+    if kind < 0:
+        return next_sample(row, x, history, noise)
+    denoised = prediction(row, x, history[0], kind, unconditional, scale)
+    return next_sample(row, x, [denoised, *history[1:]], noise), denoised
 
 
-def combine(row, x: Tensor, history, noise: Tensor | None) -> Tensor:
-    """The linear combination of one row of weights; a term of weight 0 is not read."""
-    weights = [row.w_x, *row.w_d, row.w_noise]
-    terms = [(w, term) for w, term in zip(weights, [x, *history[: len(row.w_d)], noise], strict=True) if w != 0]
-    if row.w_noise != 0 and noise is None:
-        raise ValueError("noise is needed: the weight of the noise is not 0 at this step")
-    exact = torch.float64 if any(term.dtype == torch.float64 for _, term in [*terms, (0, x)]) else torch.float32
+def prediction(row: Row, x: Tensor, output: Tensor, kind: int, unconditional: Tensor | None, scale, dtype=None) -> Tensor:
+    """denoised = p_x x + p_m (unconditional + scale (output - unconditional)), in the dtype of x."""
+    p_x, p_m = row.predictions[kind]
+    if unconditional is None:
+        return linear_combination([(p_x, x), (p_m, output)], x, dtype)
+    if isinstance(scale, Tensor):
+        scale = per_sample(scale, x.dim())
+    return linear_combination([(p_x, x), (p_m * scale, output), (p_m * (1 - scale), unconditional)], x, dtype)
+
+
+def next_sample(row: Row, x: Tensor, history: Sequence[Tensor], noise: Tensor | None) -> Tensor:
+    """x_next = w_x x + sum_j w_d[j] denoised_j + w_noise noise, in the dtype of x."""
+    drawn = [] if noise is None else [(row.w_noise, noise)]
+    return linear_combination([(row.w_x, x), *zip(row.w_d, history, strict=False), *drawn], x)
+
+
+def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum of weight times tensor in the dtype of x; a term of weight 0 is not read.
+
+    Weights are numbers, or tensors that broadcast. Summed in float64 if any tensor that is read is float64, else in float32, and
+    rounded once; with a dtype summed and returned in that.
+    """
+    terms = [(w, t) for w, t in terms if isinstance(w, Tensor) or w != 0]
+    exact = dtype or (torch.float64 if torch.float64 in (x.dtype, *(t.dtype for _, t in terms)) else torch.float32)
     total = torch.zeros_like(x, dtype=exact)
     for w, term in terms:
-        total = total + w * term.to(exact)
-    return total.to(x.dtype)
+        product = (w.to(exact) if isinstance(w, Tensor) else w) * term.to(exact)
+        total = total + (torch.where(w != 0, product, 0) if isinstance(w, Tensor) else product)
+    return total if dtype else total.to(x.dtype)
+
+
+def table_for(plan, i, x: Tensor) -> Tensor:
+    """The plan's table where the index of the step is looked up in it: on the device of x, unless the host knows it."""
+    if isinstance(i, int) or (isinstance(i, Tensor) and i.is_cpu):
+        return plan.table
+    return plan.table.to(x.device) if torch.compiler.is_dynamo_compiling() else plan.to(x.device).table
+
+
+def row_of(table: Tensor, i, x: Tensor) -> Row:
+    """Row i of a table: in numbers where they are on the host, else in tensors that broadcast with x.
+
+    Args:
+        i: a number; an int64 tensor []; or a pair (plan, step) of int64 [batch].
+    """
+    if isinstance(i, Tensor) and i.dim() == 0 and has_values(i):
+        i = i.item()
+    if isinstance(i, int) and has_values(table):
+        columns = table[i].tolist()
+    elif isinstance(i, int):
+        columns = table[i].unbind()
+    else:
+        columns = [per_sample(column, x.dim()) for column in look_up(table, i).unbind(-1)]
+    order = len(columns) - 2 - COLUMNS_BEHIND
+    pairs = columns[order + 2 : -1]
+    counter = columns[-1].long() if isinstance(columns[-1], Tensor) else int(columns[-1])
+    return Row(
+        columns[0], tuple(columns[1 : order + 1]), columns[order + 1], tuple(zip(pairs[::2], pairs[1::2], strict=True)), counter
+    )
+
+
+def look_up(table: Tensor, i: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Rows of the table by tensors, [columns] or [batch, columns]; table[i] would ask for the number of a tensor []."""
+    return table[i] if isinstance(i, tuple) else table.index_select(0, i.to(table.device).reshape(1))[0]
+
+
+def per_sample(values: Tensor, dim: int) -> Tensor:
+    """[batch] numbers in a shape that broadcasts with samples of `dim` dimensions in all; [] stays as it is."""
+    return values.view(-1, *[1] * (dim - 1)) if values.dim() and dim else values.reshape(())
+
+
+def draw_portable(row: Row, x: Tensor, seeds: Tensor, global_shape=None, global_start=None) -> Tensor | None:
+    """The step's portable noise as a float32 tensor, or None where the step adds none."""
+    if isinstance(row.w_noise, float) and row.w_noise == 0:
+        return None
+    return specified_noise(x.shape, seeds.to(x.device), row.counter, global_shape, global_start)

@@ -54,7 +54,7 @@ def sample_er_sde(
     """
     check_one_source(noise_sampler=noise_sampler, generator=generator, seed=seed)
     plan = er_sde_plan(
-        sigmas,
+        sigmas.cpu() if isinstance(sigmas, Tensor) else sigmas,  # the loop asks the plan which steps draw noise
         process=process,
         order=max_stage,
         noise_scaler="sde_5" if noise_scaler is None else noise_scaler,

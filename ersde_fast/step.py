@@ -1,93 +1,62 @@
-"""`fast_step`: checks nothing that the kernel has checked, picks the backend, and does nothing else."""
+"""`fast_step`: checks nothing that the kernel has checked, and sends each step where it runs fastest."""
 
-import functools
-import os
-import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .arguments import FLOATS, check_step
-from .noise import seeds_of
-from .reference import combine, draw_portable
+from . import ops
+from .arguments import check_step, prediction_arguments
+from .backends import _C, is_differentiated, pick_backend, run
+from .noise import has_values, seed_table, seeds_of
+from .reference import table_for
 
-try:
-    from . import _C
-except ImportError as error:
-    _C = None
-    _NO_EXTENSION = f"the extension does not import ({error}): pip install --no-build-isolation ."
-else:
-    _NO_EXTENSION = None
-try:
-    from ._build_info import REASONS
-except ImportError:
-    REASONS = {}
-
-MAX_DIMS = 12  # kMaxDims of csrc/er_sde_step.h
-
-
-def available_backends() -> dict[str, str | None]:
-    """Name of each backend, to None if it runs here or else why it does not."""
-    return {"cuda": _no_cuda(), "triton": _no_triton(), "cpu": _no_cpu(), "reference": None}
-
-
-def _no_cpu() -> str | None:
-    return REASONS.get("cpu", _NO_EXTENSION) if _C is None else None
-
-
-def _no_cuda() -> str | None:
-    if _C is None:
-        return _no_cpu()
-    if not _C.has_cuda:
-        return REASONS.get(
-            "cuda", "the extension was built without CUDA: reinstall ersde-fast beside a torch with CUDA and nvcc"
-        )
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
-
-
-@functools.cache
-def _no_triton() -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
-    if _interpreting():
-        return None
-    if torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
-        return None
-    return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernel on the CPU, for tests)"
+TRACED = ("FakeTensor", "FunctionalTensor")  # types that stand for plain tensors while torch traces
 
 
 def fast_step(
     plan,
-    i: int,
+    i: int | Tensor | tuple[Tensor, Tensor],
     x: Tensor,
     history: list[Tensor],
     *,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     seed=None,
+    prediction_type: str | None = None,
+    guidance: tuple[Tensor, float | Tensor] | None = None,
     global_shape: Sequence[int] | None = None,
     global_start: Sequence[int] | None = None,
     torch_layout: tuple[int, int] | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+):
     """One step of the plan in one pass over memory: `w_x x + sum_j w_d[j] history[j] + w_noise z`.
 
-    Stateless: everything the step depends on is an argument.
+    Stateless: everything the step depends on is an argument. Differentiable in both directions, and traceable.
 
     Args:
-        plan: of `er_sde_plan`; may be shared by any number of runs and threads.
-        i: the step, 0 to plan.num_steps - 1.
+        plan: of `er_sde_plan`, or of `stack_plans`; may be shared by any number of runs and threads.
+        i: the step, 0 to plan.num_steps - 1; or an int64 tensor [] of it, on the CPU or the device of x, so that compiled code
+            and captured graphs serve every step. With a stack of plans the pair (plan_index, step_index) of int64 [batch] on
+            the device of x: each sample is at its own step of its own plan, and its result does not depend on the others. A
+            step that only the device knows and that does not exist gives NaN.
         x: [batch, ...] the current sample; float32, float64, bfloat16 or float16, any strides.
         history: predictions of the clean sample, newest first; `plan.order` of them are enough. Each has the shape and
-            device of x and any float dtype. A prediction whose weight is 0 is not read.
+            device of x and any float dtype. A prediction whose weight is 0 is not read. Where i is a tensor there must be
+            plan.order of them: those that the first steps do not read may be any.
         noise: standard normal of the shape of x.
         generator: torch's own stream, as `torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)`.
-            Without any source torch's default generator is used. Nothing is drawn where the step adds no noise.
+            Without any source torch's default generator is used. Nothing is drawn where the step adds no noise; where only the
+            device knows whether it does, noise is drawn if any step of the plan adds some.
         seed: the portable stream, the same bits on every machine, drawn in the kernel: one number, or a list with a number or
-            a (seed, sample) pair for each sample of the batch. See `portable_noise`.
+            a (seed, sample) pair for each sample of the batch, or int64 [batch, 2] of such pairs. See `portable_noise`.
+        prediction_type: history[0] is the model's output, of this type: "sample" (the prediction itself), "epsilon", "v"
+            (alpha epsilon - sigma sample) or "flow" (epsilon - sample), at the plan's alpha and sigma of step i. The prediction
+            is computed in the same pass, rounded to the dtype of x as a history holds it, and returned too.
+        guidance: with a prediction_type, (output without the condition, scale): history[0] is the output with it, and
+            unconditional + scale (conditional - unconditional) takes its place. The scale is a number, or float64 [batch].
         global_shape, global_start: with `seed`, where x holds one shard of each sample: the shape of a whole sample and the
             index at which the shard starts, without the batch dimension. The shards' steps are the whole step, to the bit.
         torch_layout: with torch's stream on a CUDA device, (multiprocessors, threads of each) of the card whose numbers to draw:
@@ -96,130 +65,115 @@ def fast_step(
         backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest that fits the tensors.
 
     Returns:
-        The next sample, with the dtype and device of x, never an alias of an input (except `out`). Differentiable where
-        grad is enabled and an input requires it.
+        The next sample, with the dtype and device of x, never an alias of an input (except `out`). With a prediction_type
+        (next sample, prediction).
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is written or any generator advanced.
     """
+    if torch.compiler.is_dynamo_compiling():
+        if out is not None or backend is not None or torch_layout is not None:
+            raise ValueError("out, backend and torch_layout cannot be traced: leave them out in compiled code")
+        kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
+        return _by_operator(
+            plan, i, x, history[: plan.order], plan.draws, noise, generator, seed, kind, unconditional, scale, global_shape,
+            global_start,
+        )  # fmt: skip
+
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
-    if backend is None and _C is not None and global_shape is None and global_start is None and torch_layout is None:
-        result = _C.step(plan.weights, i, x, history, noise, generator, seeds, plan.first_step, out, False, [], [], [])
-        if result is not None:
-            return result
-    check_step(plan, i, x, history, noise, generator, seed, out, global_shape, global_start, torch_layout)
-    row = plan.rows[i]
-    history = history[: len(row.w_d)]
-    named, backend = backend, _pick(backend, x, history, noise, torch_layout)
-    shard = [list(global_shape or []), list(global_start or [])]
-    draws_torch = row.w_noise != 0 and noise is None and seed is None
-    torch_stream = draws_torch and x.is_cuda and _C is not None and _C.has_cuda and _torch_stream_is_as_here(x.device)
-    if torch_layout is not None and draws_torch and not torch_stream:
-        raise ValueError(f"torch_layout cannot be drawn on {x.device}: torch's stream there is not the one that is known")
-    if draws_torch and not torch_stream and backend in ("cuda", "cpu"):
-        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        generator = None
-    if backend in ("cuda", "cpu"):
-        with torch.no_grad():
-            result = _C.step(
-                plan.weights, i, x, history, noise, generator, seeds, plan.first_step, out, True, *shard, list(torch_layout or [])
-            )  # fmt: skip
-        if result is not None:
-            return result
-        if named is not None:
-            raise ValueError(f'backend "{named}" cannot run this step: an input is wrapped by a function transform')
-    if backend == "triton":
-        return _triton_step(plan, i, x, history, noise, generator, seed, out, *shard)
-    if seed is not None:
-        noise = draw_portable(plan, i, x, seed, global_shape, global_start)
-    elif draws_torch and noise is None:
-        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    result = combine(row, x, history, noise)
-    return result if out is None else out.copy_(result)
-
-
-def _triton_step(plan, i, x, history, noise, generator, seed, out, global_shape, global_start) -> Tensor:
-    from .kernels import er_sde_step
-
-    row, seeds, torch_stream = plan.rows[i], None, None
-    out = torch.empty_like(x) if out is None else out
-    if x.numel() == 0:
-        return out
-    if seed is not None and global_shape:
-        noise = draw_portable(plan, i, x, seed, global_shape, global_start)
-    elif seed is not None:
-        seeds = seeds_of(seed, x).to(x.device, non_blocking=True)
-    elif noise is None and row.w_noise != 0:
-        if er_sde_step.draws_as_torch(x):
-            torch_stream = er_sde_step.take_torch_stream(x, generator)
+    if _C is not None and backend is None and not (global_shape or global_start or torch_layout):
+        if prediction_type is None and guidance is None:
+            kind, unconditional, scale = -1, None, None
         else:
-            noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    return er_sde_step.step(row, x, history, out, noise, seeds, plan.first_step + i, torch_stream)
+            kind, unconditional, scale = _prediction_arguments_if_plain(prediction_type, guidance)
+        if kind is not None and hasattr(plan, "table"):
+            result = _C.step(
+                plan.table, i, x, history, noise, generator, seeds, out, kind, unconditional, scale, plan.draws, False, [], [], [],
+                None,
+            )  # fmt: skip
+            if result is not None:
+                return result
+
+    uses = check_step(
+        plan, i, x, history, noise, generator, seed, out, global_shape, global_start, torch_layout, prediction_type, guidance
+    )
+    if isinstance(i, tuple) and plan.draws and noise is None and seed is None:
+        raise ValueError(
+            "seed or noise is needed where samples follow plans of their own: torch's stream would tie them together"
+        )
+    kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
+    history, draws = history[:uses], plan.draws
+    if not isinstance(i, tuple) and has_values(plan.table) and (isinstance(i, int) or has_values(i)):
+        draws = plan.rows[i].w_noise != 0
+    tensors = [t for t in (x, *history, noise, unconditional) if t is not None]
+    if backend != "reference" and (why := _why_operator(tensors)):
+        if backend is not None:
+            raise ValueError(f'backend "{backend}" cannot run this step: {why}: leave backend out, or name "reference"')
+        result = _by_operator(
+            plan, i, x, history, draws, noise, generator, seed, kind, unconditional, scale, global_shape, global_start
+        )
+        if out is not None:
+            result = out.copy_(result) if kind < 0 else (out.copy_(result[0]), result[1])
+    else:
+        backend = pick_backend(backend, tensors, torch_layout)
+        table = plan.to(x.device).table if backend == "triton" else table_for(plan, i, x)
+        result = run(
+            backend, table, i, x, history, draws, noise, generator, seeds, out, kind,
+            unconditional, scale, global_shape or (), global_start or (), torch_layout or (),
+        )  # fmt: skip
+    return result
 
 
-def _torch_stream_is_as_here(device: torch.device) -> bool:
-    """Whether the stream drawn in the kernel is what torch.randn draws on this device: compared on first use.
-
-    Nothing is compared while a graph is being captured: that call then takes torch.randn, which a graph may hold too.
-    """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if _C.torch_stream(index) == 0 and not torch.cuda.is_current_stream_capturing():
-        same = all(_draws_as_torch(torch.device("cuda", index), dtype) for dtype in FLOATS)
-        _C.set_torch_stream(index, same)
-        if not same:
-            warnings.warn(
-                f"torch {torch.__version__} draws normal noise on {torch.cuda.get_device_name(index)} in another order than "
-                f"ersde-fast knows: noise comes from torch.randn there, and the step reads it",
-                stacklevel=4,
-            )
-    return _C.torch_stream(index) == 1
+def _prediction_arguments_if_plain(prediction_type, guidance) -> tuple:
+    """prediction_arguments without complaint: None for the number where something is wrong."""
+    try:
+        return prediction_arguments(prediction_type, guidance)
+    except (KeyError, TypeError, ValueError):
+        return None, None, None
 
 
-def _draws_as_torch(device: torch.device, dtype: torch.dtype) -> bool:
-    properties = torch.cuda.get_device_properties(device)
-    generator = torch.Generator(device).manual_seed(0x5EED_0123_4567)
-    torch.randn(3, device=device, generator=generator)
-    for size in (4099, 300_007):
-        offset = generator.get_offset()
-        expected = torch.randn(size, dtype=dtype, device=device, generator=generator)
-        drawn = torch.empty_like(expected)
-        layout = (properties.multi_processor_count, properties.max_threads_per_multi_processor)
-        grows = _C.torch_noise(drawn, generator.initial_seed(), offset, *layout)
-        if not torch.equal(drawn, expected) or generator.get_offset() != offset + grows:
-            return False
-    return True
+def _why_operator(tensors: list[Tensor]) -> str | None:
+    """Why the step has to go through the dispatcher, if it has to; tensors of types that no kernel knows do not go there."""
+    if not all(type(t) in (Tensor, torch.nn.Parameter) or type(t).__name__ in TRACED for t in tensors):
+        return None
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        return "an input is wrapped by a function transform"
+    if any(map(is_differentiated, tensors)):
+        return "an input requires a gradient or carries a tangent"
+    if is_in_torch_dispatch_mode() or any(type(t).__name__ in TRACED for t in tensors):
+        return "it is being traced"
+    return None
 
 
-def _pick(backend: str | None, x: Tensor, history, noise: Tensor | None, torch_layout) -> str:
-    """The backend to run: the one named, if it can, or the fastest that fits."""
-    tensors = [t for t in (x, *history, noise) if t is not None]
-    reasons = available_backends()
-    if backend is not None and backend not in reasons:
-        raise ValueError(f"backend must be one of {', '.join(reasons)}, got {backend!r}")
-    kernels = [name for name in reasons if name != "reference"]
-    for name in kernels:
-        runs_on = {"cuda": x.is_cuda, "cpu": x.device.type == "cpu", "triton": x.device.type != "cpu" or _interpreting()}[name]
-        if reasons[name] is None and not runs_on:
-            reasons[name] = f"x is on {x.device}"
-        if reasons[name] is None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            reasons[name] = 'an input requires a gradient: use backend="reference" or torch.no_grad()'
-        if reasons[name] is None and x.dim() >= MAX_DIMS:
-            reasons[name] = f"x has {x.dim()} dimensions, {MAX_DIMS - 1} are supported"
-        if reasons[name] is None and any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() for t in tensors):
-            reasons[name] = "an input is no plain tensor: a subclass, or a lazy view that is negated"
-    if torch_layout is not None:
-        for name in ("triton", "cpu", "reference"):
-            reasons[name] = "torch_layout is drawn by the cuda backend: elsewhere pass noise=ersde_fast.torch_noise(...)"
-    if backend is None:
-        order = [name for name in ("cuda", "triton", "cpu", "reference") if name != "triton" or x.device.type != "cpu"]
-        fits = [name for name in order if reasons[name] is None]
-        if fits:
-            return fits[0]
-        backend = "cuda" if torch_layout is not None else "reference"
-    if reasons[backend] is not None:
-        raise ValueError(f'backend "{backend}" cannot run this step: {reasons[backend]}')
-    return backend
+def _by_operator(plan, i, x, history, draws, noise, generator, seed, kind, unconditional, scale, global_shape, global_start):
+    """The step as an operator: what is a number to an eager step is a tensor here, so that no trace holds it."""
+    plan_index, step_index = i if isinstance(i, tuple) else (None, i)
+    if not isinstance(step_index, Tensor):
+        step_index = torch.full((), step_index, dtype=torch.int64, device="cpu")
+    table = table_for(plan, step_index if plan_index is None else i, x)
+    if seed is not None:
+        seed = _seeds_to_trace(seed, x)
+    if getattr(x, "fake_mode", None) is not None and not x.fake_mode.allow_non_fake_inputs:
+        fake = lambda t: t if t is None or type(t).__name__ in TRACED else x.fake_mode.from_tensor(t, static_shapes=True)  # noqa: E731
+        table, plan_index, step_index, seed = map(fake, (table, plan_index, step_index, seed))
+    if seed is None and noise is None and draws:
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    shard = list(global_shape or ()), list(global_start or ())
+    arguments = (table, plan_index, step_index, x, list(history), noise, seed, *shard)
+    if kind < 0:
+        return ops.STEP(*arguments)
+    if unconditional is not None and not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float64, device="cpu")
+    return ops.STEP_FROM_OUTPUT(*arguments, kind, unconditional, scale)
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def _seeds_to_trace(seed, x: Tensor) -> Tensor:
+    """The seeds as int64 [batch, 2], made of operators, so that neither the batch nor the seed is a constant of a trace."""
+    batch = x.shape[0] if x.dim() else 1
+    if isinstance(seed, Tensor) and seed.dim() == 2:
+        return seed
+    if isinstance(seed, int):
+        seed = seed if -(2**63) <= seed < 2**63 else (seed + 2**63) % 2**64 - 2**63
+        samples = torch.arange(batch, device=x.device)
+        return torch.stack([torch.full_like(samples, seed), samples], dim=1)
+    return seed_table(seed, batch).to(x.device)

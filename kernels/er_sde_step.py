@@ -1,8 +1,9 @@
 """The fused step in Triton, for GPUs where the CUDA extension was not built (no nvcc; ROCm; XPU).
 
-The same linear combination with the same noise sources as csrc/er_sde_step.cu. A program owns BLOCK neighbouring elements of
-one sample (portable noise: whole groups of four), or BLOCK neighbouring subsequences of torch's stream, each of which serves
-four places `threads` elements apart. Tensors are contiguous here: the wrapper copies those that are not.
+The same linear combination with the same noise sources as csrc/er_sde_step.cu, its weights read from the plan's table in the
+memory of the device. A program owns BLOCK neighbouring elements of one sample (portable noise: whole groups of four), or BLOCK
+neighbouring subsequences of torch's stream, each of which serves four places `threads` elements apart. Tensors are contiguous
+here: the wrapper copies those that are not.
 """
 
 import functools
@@ -13,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ersde_fast.plan import Row
+from ersde_fast.plan import COLUMNS_BEHIND
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024
+OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": False}
 NO_NOISE, PORTABLE, TORCH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+BEHIND = tl.constexpr(COLUMNS_BEHIND)
 # The interpreter rounds tl.fma twice and has no libdevice.
 EXACT = tl.constexpr(INTERPRETED)
 
@@ -98,54 +101,122 @@ def torch_pair(x, y):
 
 
 @triton.jit
+def multiply_add(w, term, y):
+    """w term + y where w, a block of one number, is not 0, else y."""
+    if y.dtype == tl.float64:
+        return tl.where(w != 0, tl.fma(w, term.to(tl.float64), y), y)
+    return tl.where(w != 0, fma(w, term.to(tl.float32), y), y)
+
+
+@triton.jit
+def read_and_add(w, data, e, mask, y):
+    """Adds w times elements e of a tensor, which is not read where w is 0."""
+    return multiply_add(w, tl.load(data + e, mask=mask & (w != 0), other=0.0), y)
+
+
+@triton.jit
 def combine_and_store(
-    x, h0, h1, h2, h3, h4, noise, out, e, mask, z,
-    w_x, w0, w1, w2, w3, w4, w_noise,
-    HAS_X: tl.constexpr, USES: tl.constexpr, HAS_NOISE: tl.constexpr, DRAWS: tl.constexpr, WIDE: tl.constexpr,
+    x, h0, h1, h2, h3, h4, guide, noise, out, denoised, e, mask, z,
+    w_x, w0, w1, w2, w3, w4, w_noise, p_x, p_m, p_u,
+    GIVEN: tl.constexpr, PREDICTS: tl.constexpr, GUIDED: tl.constexpr, HAS_NOISE: tl.constexpr, DRAWS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The step of elements e: terms in the order x, predictions, noise; USES is a bit mask of the predictions read."""
-    acc = tl.float64 if WIDE else tl.float32
-    y = tl.full(e.shape, -0.0, acc)
-    if HAS_X:
-        y = multiply_add(w_x, tl.load(x + e, mask=mask), y, WIDE)
-    if USES & 1:
-        y = multiply_add(w0, tl.load(h0 + e, mask=mask), y, WIDE)
-    if USES & 2:
-        y = multiply_add(w1, tl.load(h1 + e, mask=mask), y, WIDE)
-    if USES & 4:
-        y = multiply_add(w2, tl.load(h2 + e, mask=mask), y, WIDE)
-    if USES & 8:
-        y = multiply_add(w3, tl.load(h3 + e, mask=mask), y, WIDE)
-    if USES & 16:
-        y = multiply_add(w4, tl.load(h4 + e, mask=mask), y, WIDE)
+    """The step of elements e: the prediction, where h0 is a model's output, then x, GIVEN predictions and the noise."""
+    acc: tl.constexpr = tl.float64 if WIDE else tl.float32
+    zero = tl.full(e.shape, -0.0, acc)
+    w_x, w_noise, p_x = tl.full(e.shape, w_x, acc), tl.full(e.shape, w_noise, acc), tl.full(e.shape, p_x, acc)
+    w0, w1, w2 = tl.full(e.shape, w0, acc), tl.full(e.shape, w1, acc), tl.full(e.shape, w2, acc)
+    w3, w4 = tl.full(e.shape, w3, acc), tl.full(e.shape, w4, acc)
+    x_read = tl.load(x + e, mask=mask & ((w_x != 0) | (p_x != 0)), other=0.0)
+    if PREDICTS:
+        newest = multiply_add(p_x, x_read, zero)
+        newest = read_and_add(tl.full(e.shape, p_m, acc), h0, e, mask, newest)
+        if GUIDED:
+            newest = read_and_add(tl.full(e.shape, p_u, acc), guide, e, mask, newest)
+        newest = newest.to(denoised.dtype.element_ty)
+        tl.store(denoised + e, newest, mask=mask)
+    y = multiply_add(w_x, x_read, zero)
+    if PREDICTS:
+        y = multiply_add(w0, newest, y)
+    elif GIVEN > 0:
+        y = read_and_add(w0, h0, e, mask, y)
+    if GIVEN > 1:
+        y = read_and_add(w1, h1, e, mask, y)
+    if GIVEN > 2:
+        y = read_and_add(w2, h2, e, mask, y)
+    if GIVEN > 3:
+        y = read_and_add(w3, h3, e, mask, y)
+    if GIVEN > 4:
+        y = read_and_add(w4, h4, e, mask, y)
     if HAS_NOISE:
-        y = multiply_add(w_noise, tl.load(noise + e, mask=mask), y, WIDE)
+        y = read_and_add(w_noise, noise, e, mask, y)
     if DRAWS:
-        y = multiply_add(w_noise, z, y, WIDE)
+        y = multiply_add(w_noise, z, y)
     tl.store(out + e, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def multiply_add(w, term, y, WIDE: tl.constexpr):
-    if WIDE:
-        return tl.fma(tl.full(y.shape, w, tl.float64), term.to(tl.float64), y)
-    return fma(tl.full(y.shape, w, tl.float32), term.to(tl.float32), y)
+def column(row, k, exists):
+    """A number of a row of the table; NaN where there is no such row."""
+    return tl.load(row + k, mask=exists, other=float("nan"))
+
+
+@triton.jit
+def weight(row, k, exists, ORDER: tl.constexpr):
+    """w_d[k]; 0 beyond the order."""
+    if k < ORDER:
+        return column(row, 1 + k, exists)
+    return tl.full([], 0.0, tl.float64)
 
 
 @triton.jit
 def er_sde_step(
-    x, h0, h1, h2, h3, h4, noise, out, seeds, size,
-    w_x: "fp64", w0: "fp64", w1: "fp64", w2: "fp64", w3: "fp64", w4: "fp64", w_noise: "fp64",
-    step: "u32", torch_seed: "u64", torch_offset: "i64", torch_threads: "i64",
-    HAS_X: tl.constexpr, USES: tl.constexpr, HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    x, h0, h1, h2, h3, h4, guide, noise, out, denoised, seeds, table, plan_index, step_index, scales, size,
+    num_plans: "i64", num_steps: "i64", scale: "fp64", torch_seed: "u64", torch_offset: "i64", torch_threads: "i64",
+    ORDER: tl.constexpr, GIVEN: tl.constexpr, INDEXED: tl.constexpr, KIND: tl.constexpr, GUIDED: tl.constexpr,
+    HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of a sample, samples) with size = elements of a sample; torch's stream: (blocks, 1), size = all elements."""
+    """Grid: blocks of a sample times samples, size = elements of a sample; torch's stream: (blocks, turns), size = all elements.
+
+    The row: INDEXED 0, the table's first; 1, step_index[0]; 2, [plan_index[b], step_index[b]] for sample b.
+    """
+    blocks = tl.cdiv(size, BLOCK)
+    b = tl.program_id(0) // blocks
+    if SOURCE == TORCH:
+        b = 0
+    at = tl.full([], 0, tl.int64)
+    exists = at >= 0
+    if INDEXED > 0:
+        at = tl.load(step_index + (b if INDEXED == 2 else 0))
+        exists = (at >= 0) & (at < num_steps)
+    if INDEXED == 2:
+        plan = tl.load(plan_index + b)
+        exists = exists & (plan >= 0) & (plan < num_plans)
+        at += plan * num_steps
+    row = table + at * (ORDER + 2 + BEHIND)
+    for k in tl.static_range(GIVEN, ORDER):  # predictions that the step uses but was not given
+        exists = exists & (column(row, 1 + k, exists) == 0)
+    w_x, w_noise = column(row, 0, exists), column(row, ORDER + 1, exists)
+    w0, w1, w2 = weight(row, 0, exists, ORDER), weight(row, 1, exists, ORDER), weight(row, 2, exists, ORDER)
+    w3, w4 = weight(row, 3, exists, ORDER), weight(row, 4, exists, ORDER)
+    p_x = tl.full([], 0.0, tl.float64)
+    p_m = p_x
+    p_u = p_x
+    if KIND >= 0:
+        p_x, p_m = column(row, ORDER + 2 + 2 * KIND, exists), column(row, ORDER + 3 + 2 * KIND, exists)
+        if GUIDED == 1:
+            p_u = p_m * (1 - scale)
+            p_m = p_m * scale
+        if GUIDED == 2:
+            own = tl.load(scales + b)
+            p_u = p_m * (1 - own)
+            p_m = p_m * own
     if SOURCE == TORCH:
         s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         turn = tl.program_id(1).to(tl.int64)
         counter = (torch_offset // 4 + turn).to(tl.uint64)
         zero = tl.zeros([BLOCK], tl.uint32)
-        a, b, c, d = philox(
+        r0, r1, r2, r3 = philox(
             tl.full([BLOCK], torch_seed & 0xFFFFFFFF, tl.uint32),
             tl.full([BLOCK], (torch_seed >> 32) & 0xFFFFFFFF, tl.uint32),
             zero + (counter & 0xFFFFFFFF).to(tl.uint32),
@@ -153,74 +224,95 @@ def er_sde_step(
             s.to(tl.uint32),
             zero,
         )
-        z0, z1 = torch_pair(a, b)
-        z2, z3 = torch_pair(c, d)
+        z0, z1 = torch_pair(r0, r1)
+        z2, z3 = torch_pair(r2, r3)
         for place in tl.static_range(4):
             z = z0 if place == 0 else z1 if place == 1 else z2 if place == 2 else z3
             e = (turn * 4 + place) * torch_threads + s
             mask = (s < torch_threads) & (e < size)
             z = z.to(out.dtype.element_ty)  # torch rounds the noise itself
-            combine_and_store(x, h0, h1, h2, h3, h4, noise, out, e, mask, z, w_x, w0, w1, w2, w3, w4, w_noise,
-                              HAS_X, USES, HAS_NOISE, True, WIDE)  # fmt: skip
+            combine_and_store(x, h0, h1, h2, h3, h4, guide, noise, out, denoised, e, mask, z, w_x, w0, w1, w2, w3, w4, w_noise,
+                              p_x, p_m, p_u, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, True, WIDE)  # fmt: skip
     else:
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        sample_row = tl.program_id(1)
+        first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
         inside = first + tl.arange(0, BLOCK)
-        e = sample_row.to(tl.int64) * size + inside
+        e = b.to(tl.int64) * size + inside
         z = tl.zeros([BLOCK], tl.float32)
         if SOURCE == PORTABLE:
-            seed = tl.load(seeds + 2 * sample_row).to(tl.uint64, bitcast=True)
-            sample = tl.load(seeds + 2 * sample_row + 1)
+            seed = tl.load(seeds + 2 * b).to(tl.uint64, bitcast=True)
+            sample = tl.load(seeds + 2 * b + 1)
+            step = tl.load(row + ORDER + 1 + BEHIND, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
             group = first // 4 + tl.arange(0, BLOCK // 4)
             zero = tl.zeros([BLOCK // 4], tl.uint32)
-            a, b, c, d = philox(
+            r0, r1, r2, r3 = philox(
                 zero + (seed & 0xFFFFFFFF).to(tl.uint32),
                 zero + (seed >> 32).to(tl.uint32),
                 (group & 0xFFFFFFFF).to(tl.uint32),
-                tl.full([BLOCK // 4], step, tl.uint32),
+                zero + step,
                 zero + (sample & 0xFFFFFFFF).to(tl.uint32),
                 (((group >> 32) << 24) | (1 << 16) | ((sample >> 32) & 0xFFFF)).to(tl.uint32),
             )
-            z0, z1 = box_muller(a, b)
-            z2, z3 = box_muller(c, d)
+            z0, z1 = box_muller(r0, r1)
+            z2, z3 = box_muller(r2, r3)
             z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-        combine_and_store(x, h0, h1, h2, h3, h4, noise, out, e, inside < size, z, w_x, w0, w1, w2, w3, w4, w_noise,
-                          HAS_X, USES, HAS_NOISE, SOURCE == PORTABLE, WIDE)  # fmt: skip
+        combine_and_store(x, h0, h1, h2, h3, h4, guide, noise, out, denoised, e, inside < size, z, w_x, w0, w1, w2, w3, w4, w_noise,
+                          p_x, p_m, p_u, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, SOURCE == PORTABLE, WIDE)  # fmt: skip
 
 
-def step(row, x: Tensor, history, out: Tensor, noise=None, seeds=None, step=0, torch_stream=None) -> Tensor:
-    """Launches the kernel; the caller has checked the arguments.
+def step(
+    table: Tensor, i, x: Tensor, history, out: Tensor | None, draws: bool, noise: Tensor | None, generator, seeds: Tensor | None,
+    kind: int = -1, unconditional: Tensor | None = None, scale=None,
+):  # fmt: skip
+    """Launches the kernel; `ersde_fast.backends.run` says what the arguments are, and has checked them.
 
     Args:
-        row: the weights of the step.
-        noise: a tensor, or one of the following, or nothing for a step that draws none.
-        seeds: int64 [batch, 2] on the device of x: portable noise of step `step`.
-        torch_stream: (seed, offset, threads) of torch's stream.
+        table: on the device of x, or on the host, from where its row is copied.
     """
-    terms = [x.contiguous(), *(d.contiguous() if w != 0 else x for w, d in zip(row.w_d, history, strict=False))]
-    terms += [x] * (6 - len(terms))
-    weights = [*row.w_d, *[0.0] * (5 - len(row.w_d))]
-    result = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    noise = None if noise is None or row.w_noise == 0 else noise.contiguous()
-    used = [x, *(d for w, d in zip(row.w_d, history, strict=False) if w != 0), *([noise] if noise is not None else [])]
-    samples, size, source = 1, x.numel(), 0
-    seed, offset, threads = torch_stream or (0, 0, 1)
-    grid = (triton.cdiv(size, BLOCK), 1)
-    if row.w_noise != 0 and seeds is not None:
-        samples, source = len(seeds), 1
-        size //= samples
-        grid = (triton.cdiv(size, BLOCK), samples)
-    elif row.w_noise != 0 and torch_stream is not None:
-        source = 2
+    next_sample = torch.empty_like(x) if out is None else out
+    denoised = torch.empty_like(x) if kind >= 0 else None
+    if x.numel() == 0:
+        return next_sample if kind < 0 else (next_sample, denoised)
+    contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    result = next_sample if next_sample.is_contiguous() else contiguous(next_sample)
+    predicted = denoised if denoised is None or denoised.is_contiguous() else contiguous(denoised)
+    table, plan_index, step_index = rows(table, i, x.device)
+    order = table.shape[-1] - 2 - COLUMNS_BEHIND
+    history = [d.contiguous() for d in history[:order]]
+    own_scale = isinstance(scale, Tensor)
+    read = [x, *history, *(t for t in (noise, unconditional) if t is not None)]
+    samples, size, source, seed, offset, threads = 1, x.numel(), NO_NOISE.value, 0, 0, 1
+    if draws and noise is None and seeds is None:
+        source = TORCH.value
+        seed, offset, threads = take_torch_stream(x, generator)
         grid = (triton.cdiv(threads, BLOCK), triton.cdiv(size, 4 * threads))
-    options = {} if INTERPRETED else {"enable_fp_fusion": False}
+    else:
+        source = NO_NOISE.value if seeds is None or not draws or noise is not None else PORTABLE.value
+        if source == PORTABLE.value or plan_index is not None or own_scale:
+            samples = x.shape[0] if x.dim() else 1
+            size //= samples
+        grid = (triton.cdiv(size, BLOCK) * samples,)
     er_sde_step[grid](
-        *terms, x if noise is None else noise, result, x if seeds is None else seeds, size,
-        row.w_x, *weights, row.w_noise, step % 2**32, seed % 2**64, offset, threads,
-        HAS_X=row.w_x != 0, USES=sum(1 << k for k, w in enumerate(row.w_d) if w != 0), HAS_NOISE=noise is not None,
-        SOURCE=source, WIDE=any(t.dtype == torch.float64 for t in used), BLOCK=BLOCK, **options,
+        x.contiguous(), *(history + [x] * 5)[:5], x if unconditional is None else unconditional.contiguous(),
+        x if noise is None else noise.contiguous(), result, result if predicted is None else predicted,
+        x if seeds is None else seeds.to(x.device, non_blocking=True), table, table if plan_index is None else plan_index,
+        table if step_index is None else step_index, scale if own_scale else table, size,
+        table.shape[0] if table.dim() == 3 else 1, table.shape[-2], 1.0 if own_scale or scale is None else float(scale),
+        seed % 2**64, offset, threads,
+        ORDER=order, GIVEN=len(history), INDEXED=0 if step_index is None else 1 if plan_index is None else 2, KIND=kind,
+        GUIDED=0 if unconditional is None else 2 if own_scale else 1, HAS_NOISE=noise is not None, SOURCE=source,
+        WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
-    return out if result is out else out.copy_(result)
+    next_sample = next_sample if result is next_sample else next_sample.copy_(result)
+    return next_sample if kind < 0 else (next_sample, denoised if predicted is denoised else denoised.copy_(predicted))
+
+
+def rows(table: Tensor, i, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The table on the device, and the indices that the kernel reads there; without any the step's row is the first."""
+    if isinstance(i, tuple):
+        return table.to(device, non_blocking=True), *i
+    if isinstance(i, Tensor) and i.device == device:
+        return table.to(device, non_blocking=True), None, i
+    return table[int(i), None].to(device, non_blocking=True), None, None
 
 
 def torch_threads(size: int, device: torch.device) -> int:
@@ -252,15 +344,15 @@ def draws_as_torch(x: Tensor) -> bool:
 def _compare_with_torch(device: torch.device, dtype: torch.dtype) -> bool:
     generator = torch.Generator(device).manual_seed(0x5EED_0123_4567)
     torch.randn(3, device=device, generator=generator)
-    noise_alone = Row(0.0, (), 1.0)
+    noise_alone = torch.zeros(1, 2 + COLUMNS_BEHIND, dtype=torch.float64, device=device)
+    noise_alone[0, 1] = 1  # a plan of order 0: w_x, w_noise
     for size in (4099, 300_007):
         drawn = torch.empty(size, dtype=dtype, device=device)
         before = generator.get_offset()
-        stream = take_torch_stream(drawn, generator)
+        expected = torch.randn(size, dtype=dtype, device=device, generator=generator)
         after = generator.get_offset()
         generator.set_offset(before)
-        expected = torch.randn(size, dtype=dtype, device=device, generator=generator)
-        step(noise_alone, drawn, [], drawn, torch_stream=stream)
+        step(noise_alone, 0, drawn, [], drawn, True, None, generator, None)
         if generator.get_offset() != after or not torch.equal(drawn, expected):
             return False
     return True

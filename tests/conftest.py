@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
+from ersde_fast.plan import COLUMNS_BEHIND
+
 HALF_ULP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 
@@ -29,18 +31,29 @@ def backend(request):
         yield request.param
 
 
+def noise_alone(counter=0):
+    """The table of a plan of order 0 whose one step is the noise of that counter: w_x = 0, w_noise = 1."""
+    table = torch.zeros(1, 2 + COLUMNS_BEHIND, dtype=torch.float64)
+    table[0, 1], table[0, -1] = 1, counter % 2**32
+    return table
+
+
 def assert_step_exact(result, plan, i, x, history, noise=None):
-    """Holds a step to the error bound: (order + 3) 2^-24 sum |w_i x_i|, and half an ulp of the output type.
+    """Holds a step to the error bound: (order + 3) 2^-24 sum |w_i x_i|, and half an ulp of the output type."""
+    row = plan.rows[i]
+    assert_sum_exact(result, [(row.w_x, x), *zip(row.w_d, history, strict=False), (row.w_noise, noise)], x, plan.order + 3)
+
+
+def assert_sum_exact(result, terms, x, ulps):
+    """Holds a sum of weight times tensor in the dtype of x to |error| <= ulps 2^-24 sum |w_i x_i| and half an ulp of that dtype.
 
     2^-53 takes the place of 2^-24 where anything is float64. The exact result is a sum of rationals.
     """
-    row = plan.rows[i]
-    terms = [(row.w_x, x), *zip(row.w_d, history, strict=False), (row.w_noise, noise)]
     terms = [(Fraction(w), [Fraction(v) for v in t.double().flatten().tolist()], t.dtype) for w, t in terms if w != 0]
     unit = 2.0**-53 if torch.float64 in (x.dtype, *(dtype for *_, dtype in terms)) else 2.0**-24
     assert result.shape == x.shape and result.dtype == x.dtype and result.device == x.device
     for e, got in enumerate(result.double().flatten().tolist()):
         exact = sum(w * t[e] for w, t, _ in terms)
-        bound = (plan.order + 3) * unit * sum(abs(w * t[e]) for w, t, _ in terms)
+        bound = ulps * unit * sum(abs(w * t[e]) for w, t, _ in terms)
         bound += max(HALF_ULP[x.dtype] * (abs(exact) + bound), SMALLEST[x.dtype] / 2)
         assert abs(Fraction(got) - exact) <= bound, (e, got, float(exact), float(bound))

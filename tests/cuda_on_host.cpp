@@ -1,47 +1,63 @@
-// The CUDA kernel as a C++ library with one plain entry, for cuda_on_host_cases.py.
+// The extension with the CUDA kernels, run as C++, in the place of the CPU kernel: linked with csrc/binding.cpp by
+// test_cuda_source.py, for cuda_on_host_cases.py.
+#include "../csrc/er_sde_plan.cu"
 #include "../csrc/er_sde_step.cu"
 
-using namespace ersde;
+namespace ersde {
 
-// Operand k has dtypes[k], data[k] and strides[k ndim ...] in bytes; the last operand is out, the first num_terms are terms.
-extern "C" void run_step(int ndim, const int64_t* sizes, int num_terms, void* const* data, const int32_t* dtypes,
-                         const int64_t* strides, const double* weights, int noise, double w_noise, const double* table,
-                         const int64_t* row, const int64_t* position_strides, int64_t first_position, const int64_t* seeds,
-                         uint64_t seed, uint32_t step, int64_t torch_threads, uint64_t torch_offset, int multiprocessors) {
-  StepArgs a{};
-  a.ndim = ndim;
-  a.numel = 1;
-  for (int d = 0; d < ndim; ++d) {
-    a.sizes[d] = sizes[d];
-    a.position_strides[d] = position_strides[d];
-    a.numel *= sizes[d];
-  }
-  a.num_terms = num_terms;
-  for (int k = 0; k <= num_terms; ++k) {
-    Operand& o = k < num_terms ? a.terms[k] : a.out;
-    o.data = static_cast<char*>(data[k]);
-    o.dtype = static_cast<DType>(dtypes[k]);
-    a.float64 |= o.dtype == DType::float64;
-    for (int d = 0; d < ndim; ++d) o.strides[d] = strides[k * ndim + d];
-    if (k < num_terms) {
-      a.weights[k] = weights[k];
-      a.columns[k] = k;
+int multiprocessors = 1;
+// In the place of the portable stream, where not 0 threads: torch's, its seed and most of its offset in memory, as a captured
+// graph reads them, or given.
+int64_t torch_seed, torch_offset, torch_threads = 0;
+bool in_memory;
+
+const char* instruction_set_name() { return "cuda on host"; }
+bool use_instruction_set(InstructionSet) { return false; }
+
+void step_cpu(const StepArgs& args, int64_t, int64_t) {
+  StepArgs a = args;
+  if (torch_threads && a.drawn.source == Noise::portable) {
+    a.drawn = Drawn{};
+    a.drawn.source = Noise::torch;
+    a.drawn.torch_threads = torch_threads;
+    a.drawn.torch_offset = (uint64_t)torch_offset;
+    a.drawn.seed = (uint64_t)torch_seed;
+    static int64_t seed, offset;
+    if (in_memory) {
+      seed = torch_seed;
+      offset = torch_offset - 4;
+      a.drawn.torch_offset = 4;
+      a.drawn.seed = 0;
+      a.drawn.torch_seed_pointer = &seed;
+      a.drawn.torch_offset_pointer = &offset;
+    }
+    a.batched = false;
+    if (a.ndim == 2 && a.sizes[0] == 1) {  // one dimension, as binding.cpp gives torch's stream
+      a.ndim = 1;
+      a.sizes[0] = a.sizes[1];
+      for (Operand* o : {&a.out, &a.denoised, &a.guide}) o->strides[0] = o->strides[1];
+      for (Operand& o : a.terms) o.strides[0] = o.strides[1];
     }
   }
-  a.table = table;
-  a.row = row;
-  a.num_columns = num_terms + 1;
-  a.noise = static_cast<Noise>(noise);
-  a.w_noise = w_noise;
-  a.first_position = first_position;
-  a.seeds = seeds;
-  a.seed = seed;
-  a.step = step;
-  a.torch_threads = torch_threads;
-  a.torch_offset = torch_offset;
-  if (a.numel) step_cuda(a, multiprocessors, nullptr);
+  step_cuda(a, multiprocessors, nullptr);
 }
 
-extern "C" void run_box_muller(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n) {
+void plan_cpu(const PlanArgs& args) { plan_cuda(args, nullptr); }
+
+void torch_noise_cpu(float* out, uint64_t seed, uint64_t offset, int64_t threads, int64_t first, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = torch_normal(seed, offset, (uint64_t)threads, (uint64_t)(first + i));
+}
+
+void box_muller_cpu(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n) {
   for (int64_t i = 0; i < n; ++i) box_muller(a[i], b[i], z0[i], z1[i]);
+}
+
+}  // namespace ersde
+
+extern "C" __attribute__((visibility("default"))) void set_multiprocessors(int count) { ersde::multiprocessors = count; }
+extern "C" __attribute__((visibility("default"))) void set_torch_stream(int64_t seed, int64_t offset, int64_t threads, bool in_memory) {
+  ersde::torch_seed = seed;
+  ersde::torch_offset = offset;
+  ersde::torch_threads = threads;
+  ersde::in_memory = in_memory;
 }

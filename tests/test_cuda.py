@@ -1,12 +1,14 @@
 """On a GPU: torch's stream bit for bit, the portable stream's golden bits, captured graphs, and no hidden work."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import ersde_fast
-from ersde_fast import er_sde_plan, fast_step, portable_noise, torch_noise
+from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, torch_noise
+from ersde_fast.backends import _C
 from ersde_fast.noise import seed_table, specified_noise
-from ersde_fast.step import _C
 
 pytestmark = pytest.mark.gpu
 PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0])
@@ -117,20 +119,33 @@ def test_more_than_two_to_the_31_elements():
 
 
 def test_no_synchronisation_and_one_kernel():
+    """A step of any kind, and a plan of sigmas on the device: one kernel, nothing copied, and the host waits for nothing."""
     x, history = inputs((2, 4, 64, 64))
-    fast_step(PLAN, 3, x, history)
-    seeds = seed_table([1, 2], 2).cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for kwargs in ({}, {"seed": 1}, {"seed": seeds}, {"noise": history[0]}):
-            fast_step(PLAN, 3, x, history, **kwargs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        fast_step(PLAN, 3, x, history)
-        torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 1 and "step_vectors" in kernels[0]
+    seeds, sigmas = seed_table([1, 2], 2).cuda(), torch.linspace(5, 0.1, 20, device="cuda")
+    stack, index = stack_plans([PLAN, PLAN]).to("cuda"), (torch.tensor([0, 1]).cuda(), torch.tensor([3, 4]).cuda())
+    guided = dict(prediction_type="v", guidance=(history[2], 3.0))
+    calls = {
+        "torch's stream": lambda: fast_step(PLAN, 3, x, history),
+        "a seed": lambda: fast_step(PLAN, 3, x, history, seed=1),
+        "seeds": lambda: fast_step(PLAN, 3, x, history, seed=seeds),
+        "a tensor": lambda: fast_step(PLAN, 3, x, history, noise=history[0]),
+        "a model's output": lambda: fast_step(PLAN, 3, x, history, seed=1, **guided),
+        "its index on the device": lambda: fast_step(PLAN.to("cuda"), index[1][0], x, history, seed=1, **guided),
+        "a mixed batch": lambda: fast_step(stack, index, x, history, seed=seeds, **guided),
+        "a plan": lambda: er_sde_plan(sigmas),
+    }
+    for name, call in calls.items():
+        call()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        assert len(kernels) == 1 and ("step_vectors" in kernels[0] or "plan_rows" in kernels[0]), (name, kernels)
 
 
 def test_captured_in_a_graph():
@@ -153,23 +168,77 @@ def test_captured_in_a_graph():
     assert not torch.equal(results[0], results[1])
 
 
-def test_weights_and_row_from_device_memory():
-    """The table and the index of the row in device memory: one captured graph steps any row of any table."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_and_row_from_device_memory(backend):
+    """The table and the index of the step in device memory: one captured graph steps any row of any table."""
     x, history = inputs((2, 4, 64, 64))
     other = er_sde_plan([5, 4, 3, 2, 1, 0.5, 0])
-    table, row = PLAN.weights.cuda(), torch.zeros((), dtype=torch.int64, device="cuda")
+    plan = dataclasses.replace(PLAN.to("cuda"), table=PLAN.table.cuda())
+    seeds, row = seed_table(7, 2).cuda(), torch.zeros((), dtype=torch.int64, device="cuda")
     out = torch.empty_like(x)
-    step = lambda: _C.step(table, row, x, history, None, None, 7, 0, out, True, [], [], [])  # noqa: E731
+    step = lambda: fast_step(plan, row, x, history, seed=seeds, out=out, backend=backend)  # noqa: E731
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for plan in (PLAN, other):
-        table.copy_(plan.weights)
-        for i in range(plan.num_steps):
+    for current in (PLAN, other):
+        plan.table.copy_(current.table)
+        for i in range(current.num_steps):
             row.fill_(i)
             graph.replay()
-            assert torch.equal(out, fast_step(plan, i, x, history, seed=7)), i
+            assert torch.equal(out, fast_step(current, i, x, history, seed=7)), i
+    row.fill_(6)
+    graph.replay()
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 500_000), (5, 4097), (2, 3, 64, 64), (70_000, 8)])
+def test_a_models_output_and_a_mixed_batch_have_the_cpus_bits(backend, dtype, shape):
+    x, (output, *older) = inputs(shape, dtype)
+    scales = torch.linspace(0, 5, shape[0], dtype=torch.float64)
+    stack = stack_plans([PLAN, er_sde_plan([0.9, 0.5, 0.2, 0.1], process="flow", order=2)])
+    index = torch.arange(shape[0]) % 2, torch.arange(shape[0]) % 3
+    seeds = seed_table([(5, b) for b in range(shape[0])], shape[0])
+
+    def steps(device, backend):
+        move = lambda t: t.to(device)  # noqa: E731
+        history = [move(output), *map(move, older)]
+        guided = dict(prediction_type="v", guidance=(move(older[1]), 2.5), backend=backend)
+        yield fast_step(PLAN, 3, move(x), history, seed=5, **guided)
+        guided["guidance"] = (move(older[1]), move(scales))
+        yield fast_step(stack.to(device), tuple(map(move, index)), move(x), history, seed=move(seeds), **guided)
+
+    for result, expected in zip(steps("cuda", backend), steps("cpu", "cpu"), strict=True):
+        for r, e in zip(result, expected, strict=True):
+            assert torch.equal(bits(r).cpu(), bits(e))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_models_output_with_torchs_stream(backend, dtype):
+    x, history = inputs((2, 3, 1001), dtype)
+    g, same = torch.Generator("cuda").manual_seed(5), torch.Generator("cuda").manual_seed(5)
+    result = fast_step(PLAN, 3, x, history, generator=g, prediction_type="epsilon", guidance=(x, 2.0), backend=backend)
+    noise = torch.randn(x.shape, dtype=dtype, device="cuda", generator=same)
+    expected = fast_step(PLAN, 3, x, history, noise=noise, prediction_type="epsilon", guidance=(x, 2.0), backend=backend)
+    assert all(torch.equal(r, e) for r, e in zip(result, expected, strict=True)) and g.get_offset() == same.get_offset()
+
+
+def test_compiled_steps_on_the_device():
+    """The index on the device: one compilation, and CUDA graphs by the compiler where they are asked for."""
+    x, history = inputs((2, 4, 64, 64))
+    plan, seeds = PLAN.to("cuda"), seed_table(7, 2).cuda()
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+        step = torch.compile(
+            lambda i, x, a, b, c: fast_step(plan, i, x, [a, b, c], seed=seeds, prediction_type="v"), fullgraph=True, mode=mode
+        )
+        for i in (0, 3, 4, 1):
+            result = step(torch.tensor(i, device="cuda"), x, *history)
+            expected = fast_step(PLAN, i, x, history, seed=7, prediction_type="v")
+            assert all(torch.equal(r, e) for r, e in zip(result, expected, strict=True))
 
 
 def test_available():

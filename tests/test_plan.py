@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ersde_fast
-from ersde_fast import er_sde_plan, reverse_time_sde
+from ersde_fast import er_sde_plan, reverse_time_sde, stack_plans
+from ersde_fast.plan import COLUMNS_BEHIND, PREDICTION_TYPES
+
+
+@pytest.fixture(params=["kernel", "torch"], autouse=True)
+def builder(request, monkeypatch):
+    """Every test holds for both: the code that the kernel shares, and the one for any noise scaler."""
+    if request.param == "torch":
+        monkeypatch.setattr(ersde_fast.plan, "_C", None)
+
 
 # phi as the paper's appendix A.8 prints it, for any arithmetic.
 PHI = {
@@ -331,6 +340,49 @@ def test_another_default_device_does_not_matter():
         with torch.device("meta"):
             plan = er_sde_plan(sigmas, **options)
         assert torch.equal(plan.weights, expected)
+
+
+# ---- the columns behind the weights ----
+
+
+@pytest.mark.parametrize("sigmas, process", [([9, 4, 1, 0.1], "ve"), ([0.99, 0.7, 0.3, 0], "vp"), ([0.9, 0.5, 0.1, 0], "flow")])
+def test_the_factors_of_each_prediction_type_undo_its_definition(sigmas, process):
+    """x = alpha x0 + sigma eps, and the model says eps, v = alpha eps - sigma x0, eps - x0, or x0."""
+    plan = er_sde_plan(sigmas, process=process)
+    denoised, noise = 0.3, -1.7
+    for i, row in enumerate(plan.rows):
+        alpha, sigma = plan.alphas[i].item(), plan.sigmas[i].item()
+        outputs = {"sample": denoised, "epsilon": noise, "v": alpha * noise - sigma * denoised, "flow": noise - denoised}
+        for name, (p_x, p_m) in zip(PREDICTION_TYPES, row.predictions, strict=True):
+            assert p_x * (alpha * denoised + sigma * noise) + p_m * outputs[name] == pytest.approx(denoised, rel=1e-13)
+
+
+def test_the_last_column_counts_steps():
+    plan = er_sde_plan([5, 4, 3, 2, 1])
+    assert plan.table[:, -1].tolist() == [0, 1, 2, 3] == [row.counter for row in plan.rows]
+    assert plan.starting_at(1).starting_at(1).table[:, -1].tolist() == [2, 3]
+    assert plan.table.shape == (4, 3 + 2 + COLUMNS_BEHIND) and torch.equal(plan.weights, plan.table[:, :5])
+
+
+# ---- plans in stacks ----
+
+
+def test_a_stack_holds_each_plans_rows_and_nan_behind_them():
+    plans = [er_sde_plan([5, 4, 3, 2, 1], order=2), er_sde_plan([3, 1, 0], order=3, method="newton").starting_at(1)]
+    stack = stack_plans(plans)
+    assert stack.weights.shape == (2, 4, 5) and (stack.num_plans, stack.num_steps, stack.order) == (2, 4, 3) and stack.draws
+    for rows, plan in zip(stack.table, plans, strict=True):
+        n, used = plan.num_steps, plan.order + 1
+        assert torch.equal(rows[:n, :used], plan.table[:, :used]) and (rows[:n, used:4] == 0).all()
+        assert torch.equal(rows[:n, 4:], plan.table[:, used:])
+        assert rows[n:, :-1].isnan().all() and (rows[n:, -1] == 0).all()
+    assert not stack_plans([er_sde_plan([2, 1], noise_scaler="ode")]).draws
+
+
+@pytest.mark.parametrize("plans", [[], None, [er_sde_plan([2, 1]), 3]])
+def test_a_stack_of_what_is_no_plan(plans):
+    with pytest.raises(TypeError, match="plans must be a list of at least one plan of er_sde_plan"):
+        stack_plans(plans)
 
 
 # ---- bad input ----

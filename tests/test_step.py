@@ -1,5 +1,6 @@
 """The fused step: every backend within the error bound of exact arithmetic, its properties, and what it refuses."""
 
+import itertools
 import math
 import random
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 
 import ersde_fast
-from conftest import assert_step_exact
-from ersde_fast import er_sde_plan, fast_step, portable_noise, reference_step
+from conftest import assert_step_exact, assert_sum_exact
+from ersde_fast import er_sde_plan, fast_step, portable_noise, reference_step, stack_plans
+from ersde_fast.backends import _C
 from ersde_fast.noise import seed_table, specified_noise
-from ersde_fast.step import _C
+from ersde_fast.plan import PREDICTION_TYPES
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PLANS = {n: er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=n, method="newton") for n in (1, 2, 3, 4, 5)}
@@ -107,7 +109,7 @@ def test_large_and_threaded(backend):
     """More elements than one thread takes, against float64; and the bits do not depend on the threads or the split."""
     x, history, noise = inputs((3, 50_001), 3)
     result = fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend)
-    w_x, w_d, w_noise = PLANS[3].rows[4]
+    w_x, w_d, w_noise, *_ = PLANS[3].rows[4]
     terms = [w_x * x.double(), *(w * d.double() for w, d in zip(w_d, history, strict=True)), w_noise * noise.double()]
     exact, size = sum(terms), sum(t.abs() for t in terms)
     assert ((result.double() - exact).abs() <= 6 * 2.0**-24 * size + 2.0**-24 * exact.abs()).all()
@@ -302,29 +304,144 @@ def test_a_shard_far_into_a_huge_sample(backend):
     assert torch.equal(result, fast_step(PLANS[3], 4, x, history, noise=noise, backend=backend))
 
 
-# ---- gradients ----
+# ---- from a model's output ----
+
+SCALES = [None, 1.0, 3.5, torch.tensor([0.0, 7.5], dtype=torch.float64)]
+PROCESSES = {
+    "ve": er_sde_plan([9, 8, 6.5, 5, 4, 3, 0]),
+    "vp": er_sde_plan([0.99, 0.9, 0.8, 0.6, 0.5, 0.2, 0], process="vp", order=2),
+    "flow": er_sde_plan([1, 0.9, 0.8, 0.6, 0.6, 0.2, 0], process="flow", order=4, method="newton", noise_scaler="sde_2"),
+}
 
 
-def test_gradients_are_the_weights():
-    x, history, noise = inputs((2, 5), 3, torch.float64)
-    leaves = [t.requires_grad_() for t in (x, *history)]
-    fast_step(PLANS[3], 4, x, history, noise=noise).sum().backward()
-    for leaf, w in zip(leaves, [PLANS[3].rows[4].w_x, *PLANS[3].rows[4].w_d], strict=True):
-        torch.testing.assert_close(leaf.grad, torch.full_like(leaf, w), rtol=1e-15, atol=0)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("kind", range(len(PREDICTION_TYPES)), ids=PREDICTION_TYPES)
+def test_a_models_output_becomes_the_prediction_and_then_the_step(backend, kind, process, dtype):
+    """In one pass, and as if one after the other: the prediction within its bound, the step that of the rounded prediction."""
+    plan, name = PROCESSES[process], PREDICTION_TYPES[kind]
+    x, (output, *older), unconditional = inputs((2, 3, 7) if process == "ve" else (2, 4, 8), 4, dtype)
+    for i, scale in itertools.product((0, 3, 4, 6 - 1), SCALES):
+        if name == "epsilon" and plan.alphas[i] == 0:
+            continue
+        scale = scale.to(here()) if isinstance(scale, torch.Tensor) else scale
+        guidance = None if scale is None else (unconditional, scale)
+        result, denoised = fast_step(
+            plan, i, x, [output, *older], seed=5, prediction_type=name, guidance=guidance, backend=backend
+        )
+        p_x, p_m = plan.rows[i].predictions[kind]
+        for b in range(2):
+            g = 1.0 if scale is None else scale if isinstance(scale, float) else scale[b].item()
+            terms = [(p_x, x[b]), (p_m * g, output[b]), (p_m * (1 - g), unconditional[b])]
+            assert_sum_exact(denoised[b], terms, x[b], ulps=5)
+        assert torch.equal(result, fast_step(plan, i, x, [denoised, *older], seed=5, backend=backend))
+        assert denoised.data_ptr() not in (x.data_ptr(), output.data_ptr(), result.data_ptr())
 
 
-def test_function_transforms_take_the_reference_path():
-    """vmap, jvp and grad see through the step; a backend named there says that it cannot."""
-    x, history, noise = inputs((4, 5), 3, torch.float64)
-    step = lambda x, z: fast_step(PLANS[3], 4, x, history, noise=z)  # noqa: E731
-    expected = reference_step(PLANS[3], 4, x, history, noise=noise)
-    one = lambda x, a, b, c, z: fast_step(PLANS[3], 4, x, [a, b, c], noise=z)  # noqa: E731
-    torch.testing.assert_close(torch.func.vmap(one)(x, *history, noise), expected, rtol=1e-15, atol=1e-15)
-    _, tangent = torch.func.jvp(lambda x: step(x, noise), (x,), (torch.ones_like(x),))
-    torch.testing.assert_close(tangent, torch.full_like(x, PLANS[3].rows[4].w_x))
-    torch.testing.assert_close(torch.func.grad(lambda x: step(x, noise).sum())(x), torch.full_like(x, PLANS[3].rows[4].w_x))
-    with pytest.raises(ValueError, match=r'backend "cpu" cannot run this step: an input is wrapped'):
-        torch.func.vmap(lambda x: fast_step(ODE, 0, x, [x], backend="cpu"))(x)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("other", DTYPES)
+def test_a_models_output_of_any_layout_and_dtype(backend, layout, other):
+    x, history, unconditional = inputs((2, 3, 5, 6), 3, torch.float32, other)
+    x, unconditional = LAYOUTS[layout](x), LAYOUTS[layout](unconditional)
+    result, denoised = fast_step(
+        PROCESSES["vp"], 3, x, history, seed=5, prediction_type="v", guidance=(unconditional, 2.0), backend=backend
+    )
+    p_x, p_m = PROCESSES["vp"].rows[3].predictions[PREDICTION_TYPES.index("v")]
+    assert_sum_exact(denoised, [(p_x, x), (p_m * 2, history[0]), (-p_m, unconditional)], x, ulps=5)
+    expected = fast_step(PROCESSES["vp"], 3, x, [denoised, *history[1:]], seed=5, backend=backend)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0 if other == torch.float32 else 1e-6)
+    assert denoised.stride() == torch.empty_like(x).stride()
+
+
+def test_what_a_model_output_does_not_need_is_not_read(backend):
+    x, history, _ = inputs((2, 5), 3)
+    nan = torch.full_like(x, math.nan)
+    _, denoised = fast_step(ODE, 3, x, history, prediction_type="sample", guidance=(nan, 1.0), backend=backend)
+    assert torch.equal(denoised, history[0])
+    last, denoised = fast_step(PLANS[3], 5, nan, history, prediction_type="sample", backend=backend)
+    assert torch.equal(last, history[0]) and torch.equal(denoised, history[0])
+
+
+@pytest.mark.parametrize("target", ["x", "output", "unconditional", "new"])
+def test_out_with_a_models_output(backend, target):
+    x, history, unconditional = inputs((3, 700), 3)
+    kwargs = dict(seed=5, prediction_type="v", guidance=(unconditional, 2.0), backend=backend)
+    expected = fast_step(PROCESSES["vp"], 3, x, history, **kwargs)
+    out = {"x": x, "output": history[0], "unconditional": unconditional, "new": torch.empty_like(x)}[target]
+    result, denoised = fast_step(PROCESSES["vp"], 3, x, history, out=out, **kwargs)
+    assert result is out and torch.equal(out, expected[0]) and torch.equal(denoised, expected[1])
+
+
+# ---- the index of the step as a tensor ----
+
+
+def test_a_step_by_a_tensor_is_the_step_by_its_number(backend):
+    for i in range(6):
+        x, history, _ = inputs((2, 5), 3, seed=i)
+        for device in ("cpu", x.device):
+            index = torch.tensor(i, device=device)
+            assert torch.equal(
+                fast_step(PLANS[3], index, x, history, seed=5, backend=backend),
+                fast_step(PLANS[3], i, x, history, seed=5, backend=backend),
+            )
+
+
+# ---- samples at their own steps of their own plans ----
+
+STACK = [PLANS[3], PROCESSES["vp"], PROCESSES["flow"], ODE, PLANS[1].starting_at(2)]
+
+
+def mixed_batch(shape, dtype, seed=0):
+    """Which plan and step each sample follows, its inputs with NaN where its step does not read, and its seed."""
+    x, history, unconditional = inputs(shape, 4, dtype, seed=seed)
+    rng = random.Random(seed)
+    plans = [rng.randrange(len(STACK)) for _ in range(shape[0])]
+    steps = [rng.randrange(STACK[p].num_steps) for p in plans]
+    for b, (p, i) in enumerate(zip(plans, steps, strict=True)):
+        for j in range(max(1, len(STACK[p].rows[i].w_d)), 4):
+            history[j][b] = math.nan
+    return plans, steps, x, history, unconditional, [(rng.randrange(2**64), rng.randrange(99)) for _ in plans]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (4, 3, 8, 8), (6, 1024), (3, 4099), (1, 40), (0, 3), (2, 0)])
+@pytest.mark.parametrize("predicts", [False, True])
+def test_a_sample_in_a_mixed_batch_has_the_bits_it_has_alone(backend, shape, dtype, predicts):
+    stack = stack_plans(STACK).to(here())
+    plans, steps, x, history, unconditional, seeds = mixed_batch(shape, dtype)
+    index = torch.tensor(plans, dtype=torch.int64), torch.tensor(steps, dtype=torch.int64)
+    scales = torch.linspace(0, 3, len(plans), dtype=torch.float64)
+    kwargs = dict(prediction_type="v", guidance=(unconditional, scales)) if predicts else {}
+    result = fast_step(stack, index, x, history, seed=seeds, backend=backend, **kwargs)
+    result = result if predicts else (result,)
+    assert not any(r.isnan().any() for r in result)
+    for b, (p, i) in enumerate(zip(plans, steps, strict=True)):
+        one = slice(b, b + 1)
+        kwargs = dict(prediction_type="v", guidance=(unconditional[one], scales[b].item())) if predicts else {}
+        alone = fast_step(STACK[p], i, x[one], [d[one] for d in history], seed=[seeds[b]], backend=backend, **kwargs)
+        assert all(torch.equal(r[one], a) for r, a in zip(result, alone if predicts else (alone,), strict=True)), b
+
+
+def test_a_mixed_batch_with_noise_of_its_own_and_strides(backend):
+    stack = stack_plans(STACK).to(here())
+    plans, steps, x, history, noise, _ = mixed_batch((4, 3, 8, 8), torch.float32, seed=3)
+    x, noise = LAYOUTS["channels_last"](x), LAYOUTS["every second"](noise)
+    index = torch.tensor(plans), torch.tensor(steps)
+    result = fast_step(stack, index, x, history, noise=noise, backend=backend)
+    for b, (p, i) in enumerate(zip(plans, steps, strict=True)):
+        assert_step_exact(result[b], STACK[p], i, x[b], [d[b] for d in history], noise[b])
+
+
+def test_a_mixed_batch_of_runs_without_noise_needs_no_source(backend):
+    stack, index = stack_plans([ODE, ODE.starting_at(2)]).to(here()), (torch.tensor([0, 1, 0]), torch.tensor([3, 3, 0]))
+    x, history, _ = inputs((3, 40), 3)
+    result = fast_step(stack, index, x, history, backend=backend)
+    for b, (plan, i) in enumerate([(ODE, 3), (ODE.starting_at(2), 3), (ODE, 0)]):
+        one = slice(b, b + 1)
+        assert torch.equal(result[one], fast_step(plan, i, x[one], [d[one] for d in history], backend=backend))
+
+
+# ---- where no gradient is wanted (derivatives: test_ops.py) ----
 
 
 def test_without_grad_mode_the_kernel_runs_and_the_result_needs_no_gradient():
@@ -338,6 +455,8 @@ def test_without_grad_mode_the_kernel_runs_and_the_result_needs_no_gradient():
 
 X, HISTORY, NOISE = inputs((2, 6), 3)
 OVERLAPPING = torch.zeros(13)
+ZEROS = torch.zeros(2, dtype=torch.int64)
+STACKED = dict(plan=stack_plans([PLANS[3], PLANS[3].starting_at(2)]), seed=1)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +465,31 @@ OVERLAPPING = torch.zeros(13)
         (dict(i=6), ValueError, r"i must be 0 to 5 \(the plan has 6 steps\), got 6"),
         (dict(i=-1), ValueError, r"i must be 0 to 5 .* got -1"),
         (dict(i=1.0), TypeError, r"i must be a whole number.* got 1.0"),
+        (dict(i=torch.tensor(6)), ValueError, r"i must be 0 to 5 .* got 6"),
+        (dict(i=torch.tensor([1])), TypeError, r"i must be an int64 tensor of shape \(\), got torch.int64 \(1,\)"),
+        (dict(i=torch.tensor(1.0)), TypeError, r"i must be an int64 tensor of shape \(\), got torch.float32"),
+        (dict(i=(0, 1)), TypeError, r"plan must be a plan of er_sde_plan, or a stack of them with i = \(plan_index, step_index\)|plan must be a stack"),
+        (dict(plan=None), TypeError, r"plan must be a plan of er_sde_plan.* got NoneType"),
+        (dict(plan=stack_plans([ODE])), TypeError, r"plan must be a plan of er_sde_plan, or a stack.* got PlanStack"),
+        (dict(STACKED, i=(ZEROS, ZEROS, ZEROS)), ValueError, r"i must be a pair \(plan_index, step_index\), got 3 values"),
+        (dict(STACKED, i=(ZEROS, torch.tensor([0, 6]))), ValueError, r"step_index must be 0 to 5, got \[0, 6\]"),
+        (dict(STACKED, i=(torch.tensor([0, -1]), ZEROS)), ValueError, r"plan_index must be 0 to 1, got \[0, -1\]"),
+        (dict(STACKED, i=(torch.tensor([0, 1]), torch.tensor([0, 4]))), ValueError, r"step_index\[1\] = 4 is behind the last step of plan 1"),
+        (dict(STACKED, i=([0, 1], ZEROS)), TypeError, r"plan_index must be an int64 tensor of shape \(2,\), got \[0, 1\]"),
+        (dict(STACKED, i=(ZEROS, ZEROS[:1])), TypeError, r"step_index must be an int64 tensor of shape \(2,\), got torch.int64 \(1,\)"),
+        (dict(STACKED, i=(ZEROS, ZEROS), seed=None), ValueError, r"seed or noise is needed where samples follow plans of their own"),
+        (dict(STACKED, i=(ZEROS, ZEROS), history=HISTORY[:2]), ValueError, r"history must hold the 3 newest predictions, as many as the plan's order"),
+        (dict(prediction_type="eps"), ValueError, r"prediction_type must be None or one of 'sample', 'epsilon', 'v', 'flow', got 'eps'"),
+        (dict(prediction_type=["v"]), ValueError, r"prediction_type must be None or one of .* got \['v'\]"),
+        (dict(guidance=(NOISE, 2.0)), ValueError, r"guidance needs a prediction_type"),
+        (dict(prediction_type="v", guidance=NOISE), TypeError, r"guidance must be a pair \(unconditional output, scale\), got Tensor"),
+        (dict(prediction_type="v", guidance=(NOISE[:1], 2.0)), ValueError, r"guidance\[0\] must have the shape of x"),
+        (dict(prediction_type="v", guidance=(NOISE, "2")), TypeError, r"guidance\[1\] must be a finite number or float64 \[batch\], got '2'"),
+        (dict(prediction_type="v", guidance=(NOISE, math.inf)), TypeError, r"guidance\[1\] must be a finite number"),
+        (dict(prediction_type="v", guidance=(NOISE, torch.ones(2))), ValueError, r"guidance\[1\] must be a number or float64 \[2\].* got torch.float32 \(2,\)"),
+        (dict(plan=PROCESSES["flow"], i=0, prediction_type="epsilon"), ValueError, r'"epsilon" says nothing of the clean sample where alpha is 0, as at step 0'),
+        (dict(prediction_type="v", history=[]), ValueError, r"history must hold the 3 newest predictions at step 4, got 0"),
+        (dict(i=5, prediction_type="v", history=[HISTORY[0].long()]), TypeError, r"history\[0\] must be float32"),
         (dict(x=X.tolist()), TypeError, r"x must be a tensor, got list"),
         (dict(x=X.tolist(), seed=[1, 2]), TypeError, r"x must be a tensor, got list"),
         (dict(x=X.int()), TypeError, r"x must be float32, float64, bfloat16 or float16, got torch.int32"),
@@ -392,15 +536,16 @@ def test_bad_input(arguments, error, message):
     """The message names the argument; nothing is written and no generator advances."""
     arguments = {"plan": PLANS[3], "i": 4, "x": X, "history": HISTORY, **arguments}
     out = arguments.setdefault("out", torch.full((2, 6), 7.0))
-    before, state = out.clone(), torch.get_rng_state()
+    before, state = None if out is None else out.clone(), torch.get_rng_state()
     with pytest.raises(error, match=message):
         fast_step(**arguments)
-    assert torch.equal(out, before) and torch.equal(torch.get_rng_state(), state)
+    assert (out is None or torch.equal(out, before)) and torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(ersde_fast.step, "_C", None)
-    monkeypatch.setitem(ersde_fast.step.REASONS, "cpu", "no compiler was found")
+    monkeypatch.setattr(ersde_fast.backends, "_C", None)
+    monkeypatch.setitem(ersde_fast.backends.REASONS, "cpu", "no compiler was found")
     assert ersde_fast.available_backends()["cpu"] == "no compiler was found"
     with pytest.raises(ValueError, match='backend "cpu" cannot run this step: no compiler was found'):
         fast_step(PLANS[3], 4, X, HISTORY, backend="cpu")
@@ -409,5 +554,6 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 def test_without_the_extension_the_reference_runs(monkeypatch):
     expected = reference_step(PLANS[3], 4, X, HISTORY, noise=NOISE)
     monkeypatch.setattr(ersde_fast.step, "_C", None)
-    monkeypatch.setitem(ersde_fast.step.REASONS, "cpu", "no compiler was found")
+    monkeypatch.setattr(ersde_fast.backends, "_C", None)
+    monkeypatch.setitem(ersde_fast.backends.REASONS, "cpu", "no compiler was found")
     assert torch.equal(fast_step(PLANS[3], 4, X, HISTORY, noise=NOISE), expected)

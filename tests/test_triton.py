@@ -27,25 +27,31 @@ def test_interpreted():
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
 @pytest.mark.parametrize("source", [kernel.NO_NOISE, kernel.PORTABLE, kernel.TORCH], ids=["no noise", "portable", "torch"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_compiles(target, source, dtype):
-    """For each GPU; on NVIDIA's every access of the portable and the noiseless step is 128 bits wide."""
+@pytest.mark.parametrize("kind", [-1, 2], ids=["predictions", "model output"])
+def test_compiles(target, source, dtype, kind):
+    """For each GPU; on NVIDIA's every access of the tensors is 128 bits wide."""
     if target.backend == "hip" and source.value == kernel.TORCH.value:
         return  # torch draws otherwise there, and the step never asks for it
     names = [p.name for p in kernel.er_sde_step.params]
     types = {p.name: p.annotation_type for p in kernel.er_sde_step.params}
-    types |= dict.fromkeys(["x", "h0", "h1", "h2", "h3", "h4", "noise", "out"], f"*{dtype}") | {"seeds": "*i64", "size": "i64"}
-    constants = dict(HAS_X=True, USES=7, HAS_NOISE=False, SOURCE=source.value, WIDE=False, BLOCK=kernel.BLOCK)
+    tensors = ["x", "h0", "h1", "h2", "h3", "h4", "guide", "noise", "out", "denoised"]
+    types |= dict.fromkeys(tensors, f"*{dtype}") | {"seeds": "*i64", "table": "*fp64", "scales": "*fp64", "size": "i64"}
+    types |= {"plan_index": "*i64", "step_index": "*i64"}
+    constants = dict(ORDER=3, GIVEN=3, INDEXED=0 if kind < 0 else 2, KIND=kind, GUIDED=0 if kind < 0 else 2, HAS_NOISE=False)
+    constants |= dict(SOURCE=source.value, WIDE=False, BLOCK=kernel.BLOCK)
     types |= dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (names.index(name),): [["tt.divisibility", 16]] for name in ["x", "h0", "h1", "h2", "out", "size", "torch_threads"]
-    }
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in [*tensors, "size", "torch_threads"]}
     code = ASTSource(fn=kernel.er_sde_step, signature={n: types[n] for n in names}, constexprs=constants, attrs=aligned)
     compiled = triton.compile(code, target=target, options={"enable_fp_fusion": False})
+    reads, writes = (4, 1) if kind < 0 else (5, 2)
     if target.backend == "hip":
         loads = [line for line in compiled.asm["amdgcn"].splitlines() if "global_load" in line and "dwordx" in line]
-        assert len(loads) >= 4  # 64 lanes of a wave: 16 or, for bfloat16, 8 bytes each
+        assert len(loads) >= reads  # 64 lanes of a wave: 16 or, for bfloat16, 8 bytes each
     else:
-        loads = [line for line in compiled.asm["ptx"].splitlines() if "ld.global" in line and "b64" not in line]
-        stores = [line for line in compiled.asm["ptx"].splitlines() if "st.global" in line]
-        assert len(loads) >= 4 and all(".v4" in line for line in loads + stores)
+        lines = compiled.asm["ptx"].splitlines()
+        loads = [
+            line for line in lines if "ld.global" in line and "b64" not in line
+        ]  # the table and the seeds are single numbers
+        stores = [line for line in lines if "st.global" in line]
+        assert len(loads) >= reads and len(stores) >= writes and all(".v4" in line for line in loads + stores)
         assert "fma.rn.f32" in compiled.asm["ptx"]

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_noise import EDGE_WORDS, MANY_SEEDS, many_normals
 
-from conftest import assert_step_exact
-from ersde_fast import er_sde_plan, fast_step, portable_noise
+from conftest import assert_step_exact, assert_sum_exact, noise_alone
+from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans
 from ersde_fast.kernels import er_sde_step as kernel
 from ersde_fast.noise import box_muller, seed_table
-from ersde_fast.plan import Row
+from ersde_fast.plan import PREDICTION_TYPES
 
 DTYPES = [torch.float32, torch.float64, torch.float16]  # the interpreter truncates to bfloat16 instead of rounding
 
@@ -43,6 +43,59 @@ def test_a_step(dtype, other, order, shape, source):
     assert_step_exact(result, plan, 4, x, history, drawn)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from(DTYPES),
+    st.integers(1, 5),
+    st.sampled_from([(2,), (2, 5), (2, 1025), (2, 3, 7, 5), (2, 0)]),
+    st.sampled_from(range(len(PREDICTION_TYPES))),
+    st.sampled_from([None, 1.0, 3.5, torch.tensor([0.0, 7.5], dtype=torch.float64)]),
+)
+def test_from_a_models_output(dtype, other, order, shape, kind, scale):
+    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=order, method="newton")
+    g = torch.Generator().manual_seed(0)
+    x, unconditional, *history = (torch.randn(shape, generator=g).to(other) for _ in range(order + 2))
+    x = x.to(dtype)
+    kwargs = dict(prediction_type=PREDICTION_TYPES[kind], guidance=None if scale is None else (unconditional, scale))
+    result, denoised = fast_step(plan, 4, x, history, seed=5, backend="triton", **kwargs)
+    p_x, p_m = plan.rows[4].predictions[kind]
+    for b in range(2):
+        s = 1.0 if scale is None else scale if isinstance(scale, float) else scale[b].item()
+        assert_sum_exact(denoised[b], [(p_x, x[b]), (p_m * s, history[0][b]), (p_m * (1 - s), unconditional[b])], x[b], ulps=5)
+    assert_step_exact(result, plan, 4, x, [denoised, *history[1:]], portable_noise(shape, 5, step=4))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data(), st.booleans())
+def test_samples_at_their_own_steps_of_their_own_plans(data, predicts):
+    """Rows, counters and history lengths from memory: the noise's bits, and what a sample does not use is not read."""
+    plans = [er_sde_plan([9, 8, 6.5, 5, 4, 3]), er_sde_plan([3, 2, 1, 0], order=2), er_sde_plan([3, 2, 1], noise_scaler="ode")]
+    x, *history = torch.randn(4, 3, 41)
+    which = [data.draw(st.integers(0, 2)) for _ in x]
+    steps = [data.draw(st.integers(0, plans[p].num_steps - 1)) for p in which]
+    for b, (p, i) in enumerate(zip(which, steps, strict=True)):
+        for j in range(max(len(plans[p].rows[i].w_d), 1 if predicts else 0), 3):
+            history[j][b] = torch.nan
+    kwargs = dict(seed=[(5, b) for b in range(3)], backend="triton") | (dict(prediction_type="v") if predicts else {})
+    index = (torch.tensor(which), torch.tensor(steps))
+    result = fast_step(stack_plans(plans), index, x, history, **kwargs)
+    for b, (p, i) in enumerate(zip(which, steps, strict=True)):
+        one = slice(b, b + 1)
+        alone = fast_step(plans[p], torch.tensor(i), x[one], [d[one] for d in history], **kwargs | dict(seed=[(5, b)]))
+        if predicts:
+            assert torch.equal(result[1][one], alone[1])
+        assert torch.equal(result[0][one] if predicts else result[one], alone[0] if predicts else alone)
+
+
+def test_a_step_that_does_not_exist_or_was_not_given_its_history_makes_nan():
+    table = er_sde_plan([9, 8, 6.5, 5, 4, 3]).table
+    x, *history = torch.randn(4, 2, 9)
+    for step, held in [(5, 3), (-1, 3), (4, 2)]:
+        result = kernel.step(table, torch.tensor(step), x, history[:held], None, True, None, None, seed_table(5, 2))
+        assert result.isnan().all()
+
+
 def test_strides_and_out():
     plan = er_sde_plan([9, 8, 6.5, 5, 4, 3])
     x, *history = (torch.randn(2, 3, 5, 4).contiguous(memory_format=torch.channels_last) for _ in range(4))
@@ -67,7 +120,7 @@ def test_unread_terms():
 def test_the_portable_stream_over_many_counters(monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", 2**18)  # the interpreter's time goes by programs
     x = torch.zeros(4, 2_500_000)
-    kernel.step(Row(0.0, (), 1.0), x, [], x, seeds=seed_table(MANY_SEEDS, 4), step=-1)
+    kernel.step(noise_alone(-1), 0, x, [], x, True, None, None, seed_table(MANY_SEEDS, 4))
     assert torch.equal(x, many_normals())
 
 

@@ -1,0 +1,268 @@
+// A row of a plan's table from the schedule, in float64: what plan.py's er_sde_plan does on the host, step by step, for plans
+// that are built where their sigmas lie. See there for the formulas and their sources. No torch header.
+//
+// A row is the work of a few lanes that share out the points of its integrals: a warp on a GPU, one lane on a CPU. What the
+// host would refuse is a row of NaN: nothing here can raise.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "er_sde_step.h"
+
+#ifdef __CUDACC__
+#define ERSDE_PLAN_FN __host__ __device__ inline
+#else
+#define ERSDE_PLAN_FN inline
+#endif
+
+namespace ersde {
+
+enum class Process : int32_t { given, ve, vp, flow };               // where alphas come from
+enum class Scaler : int32_t { reverse_time_sde, sde_1, sde_4, sde_5 };  // the functional forms of noise_scaler.py
+enum class Method : int32_t { taylor, newton };
+
+struct PlanArgs {
+  int64_t num_steps;
+  const void* sigmas;  // [num_steps + 1]
+  DType sigmas_dtype;
+  const void* alphas;  // the same, or nullptr
+  DType alphas_dtype;
+  Process process;
+  int order;              // the largest
+  const int32_t* orders;  // [num_steps], or nullptr where all are alike
+  Scaler scaler;
+  double eta;
+  Method method;
+  double node_scale;
+  int integration_points;  // 0: exact
+  double s_noise;
+  uint32_t first_step;
+  double* table;     // [num_steps, order + 2 + kColumnsBehind]
+  double* schedule;  // [3, num_steps + 1]: sigmas, alphas, er_lambdas
+};
+
+namespace {
+
+constexpr double kEps = 2.220446049250313e-16;
+
+struct Level {
+  double sigma, alpha, l;
+};
+
+ERSDE_PLAN_FN double number(const void* p, DType t, int64_t i) {
+  if (t == DType::float64) return static_cast<const double*>(p)[i];
+  if (t == DType::float32) return (double)static_cast<const float*>(p)[i];
+  return (double)NAN;
+}
+
+// A level of the schedule; NaN where it is none.
+ERSDE_PLAN_FN Level level_of(const PlanArgs& a, int64_t i) {
+  Level v{number(a.sigmas, a.sigmas_dtype, i), 1, 0};
+  if (a.process == Process::given) v.alpha = number(a.alphas, a.alphas_dtype, i);
+  if (a.process == Process::vp) v.alpha = sqrt((1 - v.sigma) * (1 + v.sigma));
+  if (a.process == Process::flow) v.alpha = 1 - v.sigma;
+  const bool fits = v.sigma >= 0 && v.alpha >= 0 && v.sigma + v.alpha < (double)INFINITY && v.sigma + v.alpha > 0;
+  v.l = fits ? v.sigma / v.alpha : (double)NAN;
+  return v;
+}
+
+// log(a / b) for a >= b > 0, to full relative precision where they are close.
+ERSDE_PLAN_FN double log_ratio(double a, double b) { return a < 2 * b ? log1p((a - b) / b) : log(a) - log(b); }
+
+// Growth of log(phi(l) / l) from l to l exp(y): noise_scaler.py, in the same forms.
+ERSDE_PLAN_FN double log_growth(const PlanArgs& a, double l, double y) {
+  switch (a.scaler) {
+    case Scaler::reverse_time_sde: return a.eta == 0 ? 0 : a.eta * y;
+    case Scaler::sde_1: {
+      const double inverse = 1 / l;
+      return log1p(-exp(-inverse * exp(-y)) * expm1(inverse * expm1(-y)) / (exp(-inverse) + 10));
+    }
+    case Scaler::sde_4: {
+      const double v = 100 * pow(l, 1.5);
+      return log1p(log1p(v / (1 + v) * expm1(1.5 * y)) / log1p(v)) - 0.1 * y;
+    }
+    default: {
+      const double power = pow(l, 0.3), growth = power * expm1(0.3 * y);
+      if (growth < 1) return log1p(expm1(growth) / (1 + 10 * exp(-power)));
+      return growth + log1p(10 * exp(-power - growth)) - log1p(10 * exp(-power));
+    }
+  }
+}
+
+// u(a) - u(b) for u(l) = l / (1 + l / scale), without cancellation.
+ERSDE_PLAN_FN double u_difference(double a, double b, double scale) {
+  if (std::isinf(scale)) return a - b;
+  if (std::isinf(b)) return -scale / (1 + a / scale);
+  if (std::isinf(a)) return scale / (1 + b / scale);
+  return (a - b) / ((1 + a / scale) * (1 + b / scale));
+}
+
+// Gauss-Legendre nodes and weights of 16 points on [-1, 1], the upper half.
+ERSDE_PLAN_FN void gauss_point(int i, double& x, double& w) {
+  const double nodes[8] = {0.09501250983763744, 0.2816035507792589, 0.45801677765722737, 0.6178762444026438,
+                           0.755404408355003,   0.8656312023878318, 0.9445750230732326,  0.9894009349916499};
+  const double weights[8] = {0.1894506104550685,  0.18260341504492358, 0.16915651939500254, 0.14959598881657674,
+                             0.12462897125553388, 0.09515851168249279, 0.062253523938647894, 0.027152459411754096};
+  x = i < 8 ? -nodes[7 - i] : nodes[i - 8];
+  w = weights[i < 8 ? 7 - i : i - 8];
+}
+
+// The points of `integral from l_t to l_s of (1 - phi_t / phi(l)) f(l) dl`: f(l, weight) for those of this lane.
+template <typename Lanes, typename F>
+ERSDE_PLAN_FN void for_each_point(const PlanArgs& a, double l_s, double l_t, const Lanes& lanes, const F& f) {
+  if (a.integration_points) {
+    // Existing samplers sum only the 1 / phi part, from the left; the rest two nodes integrate exactly for linear functions.
+    const double h = (l_s - l_t) / a.integration_points;
+    if (lanes.index() == 0) {
+      f(l_t, (l_s - l_t) / 2);
+      f(l_s, (l_s - l_t) / 2);
+    }
+    for (int k = lanes.index(); k < a.integration_points; k += lanes.count()) {
+      const double l = l_t + h * k, y = log_ratio(l, l_t);
+      f(l, -h * exp(-(y + log_growth(a, l_t, y))));
+    }
+    return;
+  }
+  double reach = log_ratio(l_s, l_t);
+  if (!std::isinf(a.node_scale)) reach = fmin(reach, log(1e17) + log(fmax(l_t, a.node_scale)) - log(l_t));
+  const int panels = (int)fmax(ceil(reach / 2), 1.0);
+  const double width = reach / panels;
+  for (int p = lanes.index(); p < 16 * panels; p += lanes.count()) {
+    double x, w;
+    gauss_point(p % 16, x, w);
+    const double y = width * (p / 16 + (1 + x) / 2), l = l_t * exp(y);
+    f(l, -expm1(-(y + log_growth(a, l_t, y))) * l * width / 2 * w);
+  }
+}
+
+// The paper's rule, less the order-1 term, into d[0 ... n - 1].
+template <typename Lanes>
+ERSDE_PLAN_FN void taylor(const PlanArgs& a, const double* nodes, int n, double l_t, const Lanes& lanes, double* d) {
+  const double l_s = nodes[0];
+  double c_1 = 0, c_2 = 0;
+  for_each_point(a, l_s, l_t, lanes, [&](double l, double w) {
+    c_1 -= w;
+    c_2 -= w * (l - l_s);
+  });
+  c_1 = lanes.sum(c_1);
+  c_2 = lanes.sum(c_2);
+  const double g_1 = l_s - nodes[1], k = c_1 / g_1;
+  d[0] = k;
+  d[1] = -k;
+  if (n == 2) return;
+  const double g_2 = nodes[1] - nodes[2], e = 2 * c_2 / (g_1 + g_2);
+  d[0] = k + e / g_1;
+  d[1] = -(k + e * (1 / g_1 + 1 / g_2));
+  d[2] = e / g_2;
+}
+
+// Less the order-1 term: -integral of (1 - phi_t / phi) dL_j(u(l)) for every Lagrange basis polynomial L_j on the nodes.
+template <typename Lanes>
+ERSDE_PLAN_FN void newton(const PlanArgs& a, const double* nodes, int n, double l_t, const Lanes& lanes, double* d) {
+  for (int j = 0; j < n; ++j) d[j] = 0;
+  for_each_point(a, nodes[0], l_t, lanes, [&](double l, double w) {
+    const double slope = 1 + l / a.node_scale;
+    double from[kMaxPredictions];
+    for (int k = 0; k < n; ++k) from[k] = u_difference(l, nodes[k], a.node_scale);
+    for (int j = 0; j < n; ++j) {
+      double derivative = 0;
+      for (int m = 0; m < n; ++m) {
+        if (m == j) continue;
+        double product = 1;
+        for (int k = 0; k < n; ++k) product *= k == j || k == m ? 1 : from[k];
+        derivative += product;
+      }
+      d[j] -= w * derivative / (slope * slope);
+    }
+  });
+  for (int j = 0; j < n; ++j) {
+    double denominator = 1;
+    for (int k = 0; k < n; ++k) denominator *= k == j ? 1 : u_difference(nodes[j], nodes[k], a.node_scale);
+    d[j] = lanes.sum(d[j]) / denominator;
+  }
+}
+
+// w_x | w_d | w_noise of step i into w; false where the host would refuse the step.
+template <typename Lanes>
+ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& lanes, double* w) {
+  const Level s = level_of(a, i), t = level_of(a, i + 1);
+  for (int c = 0; c < a.order + 2; ++c) w[c] = 0;
+  if (!(t.l <= s.l)) return false;
+  if (s.l == t.l) {
+    w[0] = s.alpha > 0 ? t.alpha / s.alpha : t.sigma / s.sigma;
+    return true;
+  }
+  if (t.l == 0) {
+    w[1] = t.alpha;
+    return true;
+  }
+  if (std::isinf(s.l) && a.scaler == Scaler::sde_4) return false;
+  const double distance = log_ratio(s.l, t.l);
+  double log_rho = -log_growth(a, t.l, distance);
+  if (!(log_rho <= 8 * kEps)) return false;
+  if (log_rho >= -8 * kEps) log_rho = 0;
+  w[0] = t.sigma / s.sigma * exp(log_rho);
+  w[a.order + 1] = a.s_noise * t.sigma * sqrt(fabs(expm1(2 * log_rho)));
+  const double total = -t.alpha * expm1(log_rho - distance);
+  w[1] = total;
+
+  double nodes[kMaxPredictions], d[kMaxPredictions], newer = t.l;
+  int slots[kMaxPredictions], n = 0;
+  const int order = a.orders ? a.orders[i] : a.order;
+  for (int slot = 0; slot < order && slot <= i; ++slot) {  // of repeated nodes the newest counts
+    const double l = level_of(a, i - slot).l;
+    if (!(l >= newer)) return false;
+    if (slot == 0 || (l != newer && (!std::isinf(l) || !std::isinf(a.node_scale)))) {
+      nodes[n] = l;
+      slots[n++] = slot;
+    }
+    newer = l;
+  }
+  if (n > 1) {
+    a.method == Method::taylor ? taylor(a, nodes, n, t.l, lanes, d) : newton(a, nodes, n, t.l, lanes, d);
+    for (int j = 0; j < n; ++j) w[1 + slots[j]] += t.alpha * d[j];
+  }
+  double sum = 0, size = 0;
+  for (int j = 1; j <= a.order; ++j) {
+    sum += w[j];
+    size += fabs(w[j]);
+  }
+  return fabs(sum - total) <= 1e-10 * size && std::isfinite(w[0]) && std::isfinite(size) && std::isfinite(w[a.order + 1]);
+}
+
+// Row i of the table and level i of the schedule; with the last row also the last level. The first lane writes.
+template <typename Lanes>
+ERSDE_PLAN_FN void plan_row(const PlanArgs& a, int64_t i, const Lanes& lanes) {
+  double w[kMaxPredictions + 2];
+  const bool fits = weights_of_step(a, i, lanes, w);
+  if (lanes.index() != 0) return;
+  double* row = a.table + i * (a.order + 2 + kColumnsBehind);
+  for (int c = 0; c < a.order + 2; ++c) *row++ = fits ? w[c] : (double)NAN;
+  const Level v = level_of(a, i);
+  const double square = v.alpha * v.alpha + v.sigma * v.sigma, sum = v.alpha + v.sigma;
+  const double behind[kColumnsBehind] = {0,           1,            1 / v.alpha, -v.sigma / v.alpha,
+                                         v.alpha / square, -v.sigma / square, 1 / sum, -v.sigma / sum,
+                                         (double)(a.first_step + (uint32_t)i)};
+  for (int c = 0; c < kColumnsBehind; ++c) *row++ = behind[c];
+  for (int64_t k = i; k <= i + (i == a.num_steps - 1); ++k) {
+    const Level at = level_of(a, k);
+    a.schedule[k] = at.sigma;
+    a.schedule[a.num_steps + 1 + k] = at.alpha;
+    a.schedule[2 * (a.num_steps + 1) + k] = at.l;
+  }
+}
+
+struct OneLane {
+  ERSDE_PLAN_FN int index() const { return 0; }
+  ERSDE_PLAN_FN int count() const { return 1; }
+  ERSDE_PLAN_FN double sum(double v) const { return v; }
+};
+
+}  // namespace
+
+void plan_cpu(const PlanArgs& args);
+
+// The whole plan on the current CUDA device; nullptr, or what the launch said. `stream` is a cudaStream_t.
+const char* plan_cuda(const PlanArgs& args, void* stream);
+
+}  // namespace ersde

@@ -1,0 +1,52 @@
+// The coefficients of one sample's step, from its row of a plan's table. Included where er_sde_math.h is, after it.
+
+template <typename A>
+struct Coefficients {
+  A w[kMaxTerms];    // of each term
+  A p[3];            // of x, the model's output and the guide in the prediction
+  A noise;           // of noise that is drawn
+  uint32_t counter;  // of the portable stream
+};
+
+// nullptr where the plan or the step of sample b does not exist.
+ERSDE_FN const double* row_of(const Rows& r, int64_t b) {
+  if (!r.table) return r.row;
+  if (!r.step_index) return r.table;
+  const int64_t at = b * r.index_stride, plan = r.plan_index ? r.plan_index[at] : 0, step = r.step_index[at];
+  if (plan < 0 || plan >= r.num_plans || step < 0 || step >= r.num_steps) return nullptr;
+  return r.table + (plan * r.num_steps + step) * r.num_columns;
+}
+
+// K terms, so that a GPU holds them in registers. What the table does not say is NaN, and nothing is left out silently.
+template <typename A, int K>
+ERSDE_FN Coefficients<A> coefficients_of(const Rows& r, int64_t b) {
+  const double* row = row_of(r, b);
+  const int noise_column = r.num_columns - kColumnsBehind - 1;
+  bool given = row != nullptr;
+  for (int column = r.predictions + 1; given && column < noise_column; ++column) given = row[column] == 0;
+  const A missing = (A)as_float(0x7FC00000u);
+  Coefficients<A> c{};
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int k = 0; k < K; ++k) c.w[k] = r.columns[k] < 0 ? A(0) : given ? (A)row[r.columns[k]] : missing;
+  c.noise = given ? (A)row[noise_column] : missing;
+  c.counter = row ? (uint32_t)row[r.num_columns - 1] : 0u;
+  if (r.prediction_column) {
+    const double scale = r.scales ? r.scales[b] : r.scale, p_m = row ? row[r.prediction_column + 1] : (double)missing;
+    c.p[0] = row ? (A)row[r.prediction_column] : missing;
+    c.p[1] = (A)(r.guided ? p_m * scale : p_m);
+    c.p[2] = (A)(r.guided ? p_m * (1 - scale) : 0);
+  }
+  return c;
+}
+
+// Ring of predictions: the slot of the current step, and the bytes from the ring's start to the prediction `age` steps older.
+ERSDE_FN int ring_slot(const Rows& r) {
+  if (!r.ring) return 0;
+  const int slot = (int)(*r.step_index % r.ring);
+  return slot < 0 ? slot + r.ring : slot;
+}
+ERSDE_FN int64_t ring_offset(const Rows& r, int slot, int age) {
+  return (int64_t)(slot - age + (slot < age ? r.ring : 0)) * r.ring_stride;
+}

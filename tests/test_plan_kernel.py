@@ -1,0 +1,100 @@
+"""Plans by csrc/er_sde_plan.h: the table of the general code in plan.py, on the CPU and, marked gpu, where the sigmas lie."""
+
+import math
+
+import pytest
+import torch
+
+from ersde_fast import er_sde_plan
+from ersde_fast.noise_scaler import NOISE_SCALERS, get_noise_scaler
+from ersde_fast.plan import _build_by_kernel, _build_by_torch
+
+SCHEDULES = {
+    "long": ("ve", torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 200, dtype=torch.float64) ** 7),
+    "flow": ("flow", torch.linspace(1, 0, 21, dtype=torch.float64)),
+    "vp": ("vp", torch.linspace(0.999, 0.01, 21)),
+    "wide": ("ve", torch.logspace(6, -3, 30, dtype=torch.float64)),
+    "repeated": ("ve", torch.tensor([9, 9, 8, 7, 7, 7, 5, 4, 0, 0], dtype=torch.float64)),
+}
+RULES = [("taylor", n, {}) for n in (1, 2, 3)] + [("taylor", 3, dict(integration_points=200))]
+RULES += [("newton", n, dict(node_scale=scale)) for n in (2, 3, 4, 5) for scale in (math.inf, 5.0)]
+
+
+def both(sigmas, process, order, scaler="sde_5", method="taylor", node_scale=math.inf, integration_points=None, alphas=None):
+    """The plan by the kernel, where sigmas lie, and by the general code on the host."""
+    orders = order if isinstance(order, tuple) else (order,) * (len(sigmas) - 1)
+    options = (orders, process, get_noise_scaler(scaler), method, node_scale, integration_points, 0.7, 3)
+    host = _build_by_torch(sigmas.cpu().double(), None if alphas is None else alphas.cpu().double(), *options)
+    return _build_by_kernel(sigmas, alphas, *options), host
+
+
+def assert_same_plan(plan, host):
+    for name in ("sigmas", "alphas", "er_lambdas"):
+        torch.testing.assert_close(getattr(plan, name).cpu(), getattr(host, name), rtol=1e-15, atol=0)
+    error = (plan.table.cpu() - host.table).abs()
+    size = host.weights.abs().amax(1, keepdim=True)
+    assert (error[:, : host.order + 2] <= 1e-13 * size).all()
+    behind, expected = plan.table.cpu()[:, host.order + 2 :], host.table[:, host.order + 2 :]
+    torch.testing.assert_close(behind, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("scaler", [*NOISE_SCALERS, "reverse_time_sde(0.25)"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_kernels_table_is_the_hosts(schedule, scaler):
+    process, sigmas = SCHEDULES[schedule]
+    for method, order, options in RULES:
+        if scaler == "sde_4" and (sigmas[0] > 1022 or schedule == "flow"):
+            continue
+        assert_same_plan(*both(sigmas, process, order, scaler, method, **options))
+
+
+def test_the_kernel_takes_alphas_and_an_order_for_each_step():
+    sigmas, alphas = torch.tensor([0.9, 0.8, 0.5, 0.3, 0.1]), torch.tensor([0.1, 0.3, 0.5, 0.8, 0.9])
+    assert_same_plan(*both(sigmas, None, (1, 1, 3, 2), alphas=alphas))
+    assert_same_plan(*both(sigmas, "flow", (2, 1, 5, 4), method="newton", node_scale=2.0))
+
+
+@pytest.mark.parametrize(
+    "sigmas, process, scaler, rows, message",
+    [
+        ([4, 5, 3, 2], "ve", "sde_5", [0], "sigmas must not rise"),
+        ([4, 3, math.nan, 2], "ve", "sde_5", [1, 2], "sigmas must be finite"),
+        ([-1, -2, -3], "ve", "ode", [0, 1], "sigmas must be finite and at least 0"),
+        ([1.5, 0.9, 0.5, 0.2], "vp", "sde_5", [0], "sigmas must be at most 1"),
+        ([1.5, 0.9, 0.5, 0.2], "flow", "sde_5", [0], "sigmas must be at most 1"),
+        ([1e4, 5e3, 100], "ve", "sde_4", [0], "sde_4 is inadmissible at step 0"),
+        ([1, 0.5, 0.1], "flow", "sde_4", [0], "no limit at er_lambda = inf"),
+    ],
+)  # fmt: skip
+def test_what_the_host_refuses_is_nan_and_check_says_why(sigmas, process, scaler, rows, message):
+    sigmas, n = torch.tensor(sigmas, dtype=torch.float64), len(sigmas) - 1
+    plan = _build_by_kernel(
+        sigmas, None, (1,) * n, process, get_noise_scaler(scaler), "taylor", math.inf, None, 1.0, 0
+    )  # fmt: skip
+    assert plan.weights.isnan().all(1).nonzero().flatten().tolist() == rows
+    assert not plan.table[:, -1].isnan().any()
+    with pytest.raises(ValueError, match=message):
+        plan.check()
+
+
+def test_check_is_silent_about_a_plan_that_fits():
+    er_sde_plan([5, 4, 3, 0], order=[1, 2, 3], noise_scaler=lambda l: l**1.5).check()
+    er_sde_plan([0.9, 0.5], [0.1, 0.5], method="newton", node_scale=3.0).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_plan_is_built_where_its_sigmas_lie(schedule):
+    process, sigmas = SCHEDULES[schedule]
+    on_device = sigmas.cuda()
+    for method, order, options in RULES:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            plan = er_sde_plan(on_device, process=process, order=order, method=method, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert plan.table.is_cuda and plan.sigmas.is_cuda
+        assert_same_plan(plan, er_sde_plan(sigmas, process=process, order=order, method=method, **options))
+    with pytest.raises(ValueError, match="sigmas must not rise"):
+        er_sde_plan(on_device.flip(0), process=process).check()
