@@ -1,6 +1,7 @@
 """ersde-fast: the ER-SDE sampler's step (arXiv 2309.06169) as one fused kernel, with exact weights."""
 
 from .backends import available_backends
+from .log_prob import step_log_prob
 from .noise import portable_noise, torch_noise
 from .noise_scaler import reverse_time_sde
 from .plan import Plan, PlanStack, er_sde_plan, stack_plans
@@ -19,5 +20,6 @@ __all__ = [
     "reverse_time_sde",
     "sample_er_sde",
     "stack_plans",
+    "step_log_prob",
     "torch_noise",
 ]

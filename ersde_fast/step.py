@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import ops
 from .arguments import check_step, prediction_arguments
 from .backends import _C, is_differentiated, pick_backend, run
+from .log_prob import check_log_prob, step_log_prob
 from .noise import has_values, seed_table, seeds_of
 from .reference import table_for
 
@@ -26,6 +27,7 @@ def fast_step(
     seed=None,
     prediction_type: str | None = None,
     guidance: tuple[Tensor, float | Tensor] | None = None,
+    return_log_prob: bool = False,
     global_shape: Sequence[int] | None = None,
     global_start: Sequence[int] | None = None,
     torch_layout: tuple[int, int] | None = None,
@@ -57,6 +59,7 @@ def fast_step(
             is computed in the same pass, rounded to the dtype of x as a history holds it, and returned too.
         guidance: with a prediction_type, (output without the condition, scale): history[0] is the output with it, and
             unconditional + scale (conditional - unconditional) takes its place. The scale is a number, or float64 [batch].
+        return_log_prob: returns also the log-density of the step's Gaussian at the returned sample. See `step_log_prob`.
         global_shape, global_start: with `seed`, where x holds one shard of each sample: the shape of a whole sample and the
             index at which the shard starts, without the batch dimension. The shards' steps are the whole step, to the bit.
         torch_layout: with torch's stream on a CUDA device, (multiprocessors, threads of each) of the card whose numbers to draw:
@@ -66,7 +69,7 @@ def fast_step(
 
     Returns:
         The next sample, with the dtype and device of x, never an alias of an input (except `out`). With a prediction_type
-        (next sample, prediction).
+        (next sample, prediction), with return_log_prob (next sample, log_prob), with both all three in this order.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is written or any generator advanced.
@@ -75,13 +78,14 @@ def fast_step(
         if out is not None or backend is not None or torch_layout is not None:
             raise ValueError("out, backend and torch_layout cannot be traced: leave them out in compiled code")
         kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
-        return _by_operator(
+        result = _by_operator(
             plan, i, x, history[: plan.order], plan.draws, noise, generator, seed, kind, unconditional, scale, global_shape,
             global_start,
         )  # fmt: skip
+        return _and_log_prob(result, plan, i, x, history, prediction_type, guidance) if return_log_prob else result
 
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
-    if _C is not None and backend is None and not (global_shape or global_start or torch_layout):
+    if _C is not None and backend is None and not (global_shape or global_start or torch_layout or return_log_prob):
         if prediction_type is None and guidance is None:
             kind, unconditional, scale = -1, None, None
         else:
@@ -101,6 +105,10 @@ def fast_step(
         raise ValueError(
             "seed or noise is needed where samples follow plans of their own: torch's stream would tie them together"
         )
+    if return_log_prob:
+        check_log_prob(plan, i)
+        if out is not None:
+            raise ValueError("out must not be given with return_log_prob: it could overwrite what the density depends on")
     kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
     history, draws = history[:uses], plan.draws
     if not isinstance(i, tuple) and has_values(plan.table) and (isinstance(i, int) or has_values(i)):
@@ -121,7 +129,7 @@ def fast_step(
             backend, table, i, x, history, draws, noise, generator, seeds, out, kind,
             unconditional, scale, global_shape or (), global_start or (), torch_layout or (),
         )  # fmt: skip
-    return result
+    return _and_log_prob(result, plan, i, x, history, prediction_type, guidance) if return_log_prob else result
 
 
 def _prediction_arguments_if_plain(prediction_type, guidance) -> tuple:
@@ -177,3 +185,9 @@ def _seeds_to_trace(seed, x: Tensor) -> Tensor:
         samples = torch.arange(batch, device=x.device)
         return torch.stack([torch.full_like(samples, seed), samples], dim=1)
     return seed_table(seed, batch).to(x.device)
+
+
+def _and_log_prob(result, plan, i, x, history, prediction_type, guidance) -> tuple:
+    results = result if isinstance(result, tuple) else (result,)
+    sample = results[0].detach()
+    return (*results, step_log_prob(plan, i, x, history, sample, prediction_type=prediction_type, guidance=guidance))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ersde_fast
-from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, torch_noise
+from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob, torch_noise
 from ersde_fast.backends import _C
 from ersde_fast.noise import seed_table, specified_noise
 
@@ -224,6 +224,13 @@ def test_a_models_output_with_torchs_stream(backend, dtype):
     noise = torch.randn(x.shape, dtype=dtype, device="cuda", generator=same)
     expected = fast_step(PLAN, 3, x, history, noise=noise, prediction_type="epsilon", guidance=(x, 2.0), backend=backend)
     assert all(torch.equal(r, e) for r, e in zip(result, expected, strict=True)) and g.get_offset() == same.get_offset()
+
+
+def test_a_log_density_has_the_cpus_bits():
+    x, history = inputs((2, 3, 1001))
+    x_next, log_prob = fast_step(PLAN, 3, x, history, seed=5, return_log_prob=True)
+    on_cpu = step_log_prob(PLAN, 3, x.cpu(), [d.cpu() for d in history], x_next.cpu())
+    torch.testing.assert_close(log_prob.cpu(), on_cpu, rtol=1e-14, atol=0)
 
 
 def test_compiled_steps_on_the_device():

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ersde_fast import er_sde_plan, fast_step, ops, reference_step, stack_plans
+from ersde_fast import er_sde_plan, fast_step, ops, reference_step, stack_plans, step_log_prob
 from ersde_fast.plan import PREDICTION_TYPES
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -269,13 +269,17 @@ def test_compiled_with_a_number_for_the_step_a_batch_of_any_size_and_gradients()
 
 
 def test_compiled_forms():
-    """Mixed batches, torch's noise, and transforms within compiled code."""
+    """Mixed batches, log-densities, torch's noise, and transforms within compiled code."""
     torch._dynamo.reset()
     compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
     x, noise, *history = tensors((2, 5), 5)
     index = torch.tensor([0, 1]), torch.tensor([4, 1])
     step = lambda p, i, x: fast_step(STACK, (p, i), x, history, seed=3)  # noqa: E731
     assert torch.equal(compiled(step)(*index, x), step(*index, x))
+    step = lambda i, x: fast_step(PLAN, i, x, history, seed=3, return_log_prob=True)  # noqa: E731
+    for i in (4, torch.tensor(4)):
+        for a, b in zip(compiled(step)(i, x), step(i, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
     step = lambda x: fast_step(PLAN, 4, x, history)  # noqa: E731
     torch.manual_seed(3)
     drawn = compiled(step)(x)
@@ -354,6 +358,7 @@ def test_autocast_changes_nothing(requires_grad):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = fast_step(PLAN, 4, x, history, seed=3)
         assert torch.equal(result, expected) and result.dtype == torch.float32
+        assert step_log_prob(PLAN, 4, x, history, result).dtype == torch.float64
 
 
 def test_one_operator_touches_the_full_tensor():

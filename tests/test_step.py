@@ -490,6 +490,8 @@ STACKED = dict(plan=stack_plans([PLANS[3], PLANS[3].starting_at(2)]), seed=1)
         (dict(plan=PROCESSES["flow"], i=0, prediction_type="epsilon"), ValueError, r'"epsilon" says nothing of the clean sample where alpha is 0, as at step 0'),
         (dict(prediction_type="v", history=[]), ValueError, r"history must hold the 3 newest predictions at step 4, got 0"),
         (dict(i=5, prediction_type="v", history=[HISTORY[0].long()]), TypeError, r"history\[0\] must be float32"),
+        (dict(return_log_prob=True, seed=1), ValueError, r"out must not be given with return_log_prob"),
+        (dict(return_log_prob=True, i=5, out=None), ValueError, r"log_prob: step 5 adds no noise"),
         (dict(x=X.tolist()), TypeError, r"x must be a tensor, got list"),
         (dict(x=X.tolist(), seed=[1, 2]), TypeError, r"x must be a tensor, got list"),
         (dict(x=X.int()), TypeError, r"x must be float32, float64, bfloat16 or float16, got torch.int32"),

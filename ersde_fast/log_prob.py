@@ -1,0 +1,77 @@
+"""The log-density of a step: how likely the Gaussian that a step draws from makes a next sample."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .arguments import check_like, check_step, prediction_arguments
+from .noise import has_values
+from .reference import linear_combination, prediction, row_of, table_for
+
+
+def step_log_prob(plan, i, x: Tensor, history, x_next: Tensor, *, prediction_type: str | None = None, guidance=None) -> Tensor:
+    """log N(x_next; w_x x + sum_j w_d[j] history[j], w_noise^2) of each sample, all its elements and constants counted.
+
+    What policy-gradient training of diffusion models needs: differentiable with respect to the predictions (or the model's
+    output), x and x_next. All in float64, since one ulp of a float32 log-density of 65,536 elements is already 0.016; summed in
+    an order that depends on the number of elements of a sample alone, so a sample has the same bits in any batch.
+
+    Args:
+        plan, i, x, history: of the step, as in `fast_step`; s_noise is part of the plan's w_noise.
+        x_next: the sample, as it was rounded.
+        prediction_type, guidance: as in `fast_step`; the mean is then that of the prediction before it is rounded.
+
+    Returns:
+        float64 [batch] on the device of x; [] for a 0-d x.
+
+    Raises:
+        ValueError: where the step adds no noise, so that its result has no density; as NaN where only the device knows.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        uses = check_step(plan, i, x, history, prediction_type=prediction_type, guidance=guidance)
+        check_like("x_next", x_next, x)
+        check_log_prob(plan, i)
+        history = history[:uses]
+    kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
+    row = row_of(table_for(plan, i, x), i, x)
+    if kind >= 0:
+        history = [prediction(row, x, history[0], kind, unconditional, scale, torch.float64), *history[1:]]
+    mean = linear_combination([(row.w_x, x), *zip(row.w_d, history, strict=False)], x, torch.float64)
+    if isinstance(w_noise := row.w_noise, Tensor):
+        w_noise = torch.where(w_noise > 0, w_noise, math.nan)
+        log_w_noise = w_noise.log().reshape(-1)
+    else:
+        log_w_noise = math.log(w_noise)
+    batch, size = (x.shape[0] if x.dim() else 1), math.prod(x.shape[1:])
+    squares = ((x_next.double() - mean) / w_noise).square().reshape(batch, size)
+    log_prob = -_sum_of_pairs(squares) / 2 - size * (log_w_noise + math.log(2 * math.pi) / 2)
+    return log_prob.reshape(x.shape[:1])
+
+
+def check_log_prob(plan, i) -> None:
+    """Raises where a step is known to add no noise."""
+    silent = None if plan.draws else "the plan"
+    if has_values(plan.table):
+        if isinstance(i, tuple):
+            if all(map(has_values, i)) and (zeros := plan.table[i][:, plan.order + 1] == 0).any():
+                silent = f"the step of sample {int(zeros.nonzero()[0])}"
+        elif isinstance(i, int) or has_values(i):
+            silent = f"step {int(i)}" if plan.rows[i].w_noise == 0 else None
+    if silent:
+        raise ValueError(
+            f"log_prob: {silent} adds no noise, so that its result is certain and has no density; take steps of a stochastic "
+            f"noise_scaler with s_noise above 0, and not the last one to sigma 0"
+        )
+
+
+def _sum_of_pairs(values: Tensor) -> Tensor:
+    """[batch, n] to [batch]: halves added to halves, so that no device, thread count or batch changes the order."""
+    size = 1
+    while size < values.shape[1]:
+        size *= 2
+    values = torch.nn.functional.pad(values, (0, size - values.shape[1]))
+    while size > 1:
+        size //= 2
+        values = values.view(-1, 2, size).sum(1)
+    return values[:, 0]

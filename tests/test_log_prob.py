@@ -1,0 +1,143 @@
+"""The log-density of a step: against torch's own, its bits in any batch, its derivatives, and what has none."""
+
+import math
+
+import pytest
+import torch
+
+from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob
+from ersde_fast.plan import PREDICTION_TYPES
+
+PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], s_noise=0.9)
+FLOW = er_sde_plan([1, 0.9, 0.8, 0.6, 0.4, 0.2, 0], process="flow", order=2)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def inputs(shape, count=4, dtype=torch.float32):
+    g = torch.Generator().manual_seed(1)
+    x, *history = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for _ in range(count))
+    return x, history
+
+
+def expected_log_prob(plan, i, x, history, x_next):
+    row = plan.rows[i]
+    mean = row.w_x * x.double() + sum(w * d.double() for w, d in zip(row.w_d, history, strict=False))
+    density = torch.distributions.Normal(mean, row.w_noise).log_prob(x_next.double())
+    return density.flatten(1).sum(1) if x.dim() > 1 else density
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 4, 9, 7), (2, 1000), (5,), (1, 1), (0, 3), (2, 0), ()])
+@pytest.mark.parametrize("plan, i", [(PLAN, 0), (PLAN, 4), (FLOW, 1)])
+def test_it_is_the_gaussian_of_the_step_at_the_sample_that_is_returned(plan, i, shape, dtype):
+    """s_noise and every constant counted: Normal(mean, w_noise), of the sample after it was rounded."""
+    x, history = inputs(shape, dtype=dtype)
+    x_next, log_prob = fast_step(plan, i, x, history, seed=5, return_log_prob=True)
+    assert torch.equal(x_next, fast_step(plan, i, x, history, seed=5))
+    assert log_prob.dtype == torch.float64 and log_prob.shape == x.shape[:1]
+    torch.testing.assert_close(log_prob, expected_log_prob(plan, i, x, history, x_next), rtol=1e-12, atol=1e-12)
+    assert torch.equal(log_prob, step_log_prob(plan, i, x, history, x_next))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(dtype):
+    """65,537 elements a sample, where one ulp of float32 would be 0.016."""
+    x, history = inputs((5, 65_537), dtype=dtype)
+    x_next, log_prob = fast_step(PLAN, 4, x, history, seed=[1, 2, 3, 4, 5], return_log_prob=True)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, threads):
+            torch.set_num_threads(n)
+            for part in (slice(0, 1), slice(3, 4), slice(1, 4), slice(0, 5)):
+                alone = step_log_prob(PLAN, 4, x[part], [d[part] for d in history], x_next[part])
+                assert torch.equal(alone, log_prob[part])
+    finally:
+        torch.set_num_threads(threads)
+    strided = [t.t().contiguous().t() for t in (x, *history, x_next)]
+    assert torch.equal(step_log_prob(PLAN, 4, strided[0], strided[1:4], strided[4]), log_prob)
+
+
+@pytest.mark.parametrize("name", PREDICTION_TYPES)
+def test_from_a_models_output(name):
+    """The density of the prediction before it is rounded; the sample is that of the step."""
+    x, (output, a, b, unconditional) = inputs((2, 30), 5)
+    guidance = (unconditional, 3.0)
+    x_next, denoised, log_prob = fast_step(
+        PLAN, 4, x, [output, a, b], seed=5, prediction_type=name, guidance=guidance, return_log_prob=True
+    )
+    p_x, p_m = PLAN.rows[4].predictions[PREDICTION_TYPES.index(name)]
+    exact = p_x * x.double() + p_m * (unconditional.double() + 3 * (output.double() - unconditional.double()))
+    torch.testing.assert_close(denoised.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_prob, expected_log_prob(PLAN, 4, x, [exact, a, b], x_next), rtol=1e-12, atol=1e-12)
+    again = step_log_prob(PLAN, 4, x, [output, a, b], x_next, prediction_type=name, guidance=guidance)
+    assert torch.equal(again, log_prob)
+
+
+def test_each_sample_at_its_own_step_of_its_own_plan():
+    stack, index = stack_plans([PLAN, FLOW]), (torch.tensor([1, 0, 0]), torch.tensor([2, 4, 0]))
+    x, history = inputs((3, 50))
+    x_next, log_prob = fast_step(stack, index, x, history, seed=5, return_log_prob=True)
+    for b, (plan, i) in enumerate([(FLOW, 2), (PLAN, 4), (PLAN, 0)]):
+        one = slice(b, b + 1)
+        alone = step_log_prob(plan, i, x[one], [d[one] for d in history], x_next[one])
+        torch.testing.assert_close(log_prob[one], alone, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", [None, "epsilon", "v"])
+def test_derivatives(name):
+    x, (x_next, *history) = inputs((2, 3), 5, torch.float64)
+    leaves = [t.requires_grad_() for t in (x, x_next, *history)]
+    density = lambda x, x_next, *h: step_log_prob(PLAN, 4, x, list(h), x_next, prediction_type=name)  # noqa: E731
+    assert torch.autograd.gradcheck(density, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(density, leaves)
+
+
+def test_the_policy_gradient_does_not_run_through_the_sample():
+    """In fast_step the sample is a constant of its density, or the two would cancel; so its score is noise / w_noise."""
+    x, history = inputs((2, 40), dtype=torch.float64)
+    history[0].requires_grad_()
+    _, log_prob = fast_step(PLAN, 4, x, history, seed=5, return_log_prob=True)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), history[0])
+    row = PLAN.rows[4]
+    noise = portable_noise((2, 40), 5, step=4).double()
+    torch.testing.assert_close(gradient, row.w_d[0] * noise / row.w_noise, rtol=1e-10, atol=1e-10)
+
+
+def test_a_ratio_of_policies():
+    """What GRPO and DDPO take: exactly 1 for the policy that made the sample, however many elements."""
+    x, history = inputs((2, 3, 64, 64))
+    x_next, before = fast_step(PLAN, 4, x, history, seed=5, return_log_prob=True)
+    assert torch.equal((step_log_prob(PLAN, 4, x, history, x_next) - before).exp(), torch.ones(2, dtype=torch.float64))
+    moved = [history[0] + 1e-6, *history[1:]]
+    shift = (step_log_prob(PLAN, 4, x, moved, x_next) - before).abs()
+    assert (shift > 0).all() and (shift < 1e-2).all()
+
+
+@pytest.mark.parametrize(
+    "plan, i, message",
+    [
+        (PLAN, 5, "step 5 adds no noise"),
+        (PLAN, torch.tensor(5), "step 5 adds no noise"),
+        (er_sde_plan([3, 2, 1], noise_scaler="ode"), 0, "adds no noise"),
+        (er_sde_plan([3, 2, 1], s_noise=0), 1, "adds no noise"),
+        (er_sde_plan([3, 3, 1]), 0, "step 0 adds no noise"),
+        (stack_plans([PLAN]), (torch.tensor([0, 0]), torch.tensor([1, 5])), "the step of sample 1 adds no noise"),
+    ],
+)
+def test_a_step_without_noise_has_no_density(plan, i, message):
+    x, history = inputs((2, 5))
+    with pytest.raises(ValueError, match=f"log_prob: .*{message}.*stochastic noise_scaler"):
+        step_log_prob(plan, i, x, history, x)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"log_prob: .*{message}"):
+        fast_step(plan, i, x, history, return_log_prob=True, noise=x if isinstance(i, tuple) else None)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bad_input():
+    x, history = inputs((2, 5))
+    with pytest.raises(ValueError, match=r"x_next must have the shape of x, \(2, 5\), got \(2, 4\)"):
+        step_log_prob(PLAN, 4, x, history, x[:, :4])
+    with pytest.raises(ValueError, match=r"history must hold the 3 newest predictions"):
+        step_log_prob(PLAN, 4, x, history[:1], x)
+    assert math.isnan(step_log_prob(PLAN, 4, x, history, x * math.nan)[0])
