@@ -1,0 +1,209 @@
+"""Sampling as captured CUDA graphs: a whole run as one graph, or one step as a graph that finds its step on the device.
+
+A graph replays what was captured with the same pointers. So whatever may differ between replays lies in device memory that the
+kernels read: the plan's table, the sigmas, the seeds, the index of the step. On a CPU the same loop runs without a graph.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .arguments import NUMBER_OF_TYPE, prediction_arguments
+from .backends import _C
+from .noise import has_values, seed_table
+from .plan import Plan
+from .step import fast_step
+
+
+class _Captured:
+    """What both graphs share: static memory for the plan, the seeds and the sample, and a function that is replayed on it."""
+
+    def __init__(
+        self,
+        model: Callable,
+        plan: Plan,
+        shape,
+        dtype=torch.float32,
+        device="cuda",
+        *,
+        prediction_type="sample",
+        guidance_scale=None,
+    ):
+        if prediction_type not in NUMBER_OF_TYPE or prediction_type is None:
+            raise ValueError(f"prediction_type must be one of {', '.join(list(NUMBER_OF_TYPE)[1:])}, got {prediction_type!r}")
+        if not shape:
+            raise ValueError("shape must have a batch dimension, got ()")
+        self.model, self.prediction_type, self.guidance_scale, self.captured_for = model, prediction_type, guidance_scale, plan
+        device = torch.empty(0, device=device).device
+        plan = plan.to(device)
+        self.plan = replace(plan, table=plan.table.clone())
+        # The model sees sigma in at least float32: a half-precision sigma would be another time than the plan's.
+        self.levels = plan.sigmas.to(torch.promote_types(dtype, torch.float32))[:, None].repeat(1, shape[0])
+        self.plan_in_memory = plan
+        self.x = torch.zeros(tuple(shape), dtype=dtype, device=device)
+        self.seeds = torch.zeros(shape[0], 2, dtype=torch.int64, device=device)
+
+    def output_of(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, tuple[Tensor, float] | None]:
+        """The model's output and, with a guidance scale, what guides it."""
+        output = self.model(x, sigma)
+        return (output, None) if self.guidance_scale is None else (output[0], (output[1], self.guidance_scale))
+
+    def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A function without arguments as a graph; what it returns is overwritten by each replay."""
+        if not self.x.is_cuda:
+            return torch.no_grad()(function)
+        with torch.no_grad(), torch.cuda.device(self.x.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                function()  # libraries set themselves up on first use, which a graph must not hold
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                result = function()
+
+        def replay():
+            self.graph.replay()
+            return result
+
+        return replay
+
+    def load(self, x: Tensor, seed, plan: Plan | None) -> None:
+        """Puts the start, the seeds and the plan where the graph reads them."""
+        if not isinstance(x, Tensor) or x.shape != self.x.shape or x.dtype != self.x.dtype:
+            what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be {self.x.dtype} {tuple(self.x.shape)}, as captured, got {what}")
+        plan = self.captured_for if plan is None else plan
+        if not isinstance(plan, Plan) or plan.table.shape != self.plan.table.shape:
+            what = f"{plan.num_steps} of order {plan.order}" if isinstance(plan, Plan) else type(plan).__name__
+            raise ValueError(f"plan must have {self.plan.num_steps} steps of order {self.plan.order}, as captured, got {what}")
+        if plan.draws and not self.plan.draws:
+            raise ValueError("plan must not add noise: the plan that was captured adds none")
+        if self.prediction_type == "epsilon" and has_values(plan.alphas) and (plan.alphas[:-1] == 0).any():
+            raise ValueError('plan must not start at alpha 0: prediction_type "epsilon" says nothing of the clean sample there')
+        if seed is None:
+            seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        seeds = seed_table(seed, len(self.seeds))
+        plan = plan.to(self.x.device)
+        if plan is not self.plan_in_memory:
+            self.levels.copy_(plan.sigmas[:, None])
+            if self.x.is_cuda:
+                self.plan.table.copy_(plan.table)
+            else:
+                self.plan = plan
+            self.plan_in_memory = plan
+        self.seeds.copy_(seeds, non_blocking=True)
+        self.x.copy_(x)
+
+
+class SamplingGraph(_Captured):
+    """A whole sampling run as one CUDA graph.
+
+    Args:
+        model: `model(x, sigma)`, sigma [batch], to its output for x [batch, ...]; called once a step while the graph is captured, and
+            once a step before it.
+        plan: of `er_sde_plan`.
+        shape, dtype, device: of x.
+        prediction_type: of the model's output, as in `fast_step`.
+        guidance_scale: the model returns a pair (with the condition, without it), and classifier-free guidance of this scale is
+            part of the step.
+    """
+
+    def __init__(
+        self, model, plan, shape, dtype=torch.float32, device="cuda", *, prediction_type="sample", guidance_scale=None
+    ):
+        super().__init__(model, plan, shape, dtype, device, prediction_type=prediction_type, guidance_scale=guidance_scale)
+        self.replay = self.capture(self.run)
+
+    def run(self) -> Tensor:
+        x, history, seeds = self.x, [], self.seeds if self.plan.draws else None
+        for i in range(self.plan.num_steps):
+            output, guidance = self.output_of(x, self.levels[i])
+            history = [output, *history[: self.plan.order - 1]]
+            if self.prediction_type == "sample" and guidance is None:
+                x = fast_step(self.plan, i, x, history, seed=seeds)
+            else:
+                x, history[0] = fast_step(
+                    self.plan, i, x, history, seed=seeds, prediction_type=self.prediction_type, guidance=guidance
+                )
+        return x
+
+    def __call__(self, x: Tensor, seed=None, plan: Plan | None = None) -> Tensor:
+        """Samples from the noise x, scaled to the plan's first sigma.
+
+        Args:
+            seed: as in `fast_step`; None takes a new one from torch's default generator, so each call has noise of its own.
+            plan: another plan of as many steps and the same order; None is the one that was captured.
+
+        Returns:
+            The sample, in memory of its own: what `fast_step` gives with the same seed, to the bit.
+        """
+        self.load(x, seed, plan)
+        return self.replay().clone()
+
+
+class StepGraph(_Captured):
+    """One step as a CUDA graph that serves every step: its index lies on the device, and so do the earlier predictions, in a ring.
+
+    For streaming, where the caller wants the sample between the steps. Arguments as for `SamplingGraph`:
+
+        graph = StepGraph(model, plan, shape)
+        graph.start(x, seed=5)
+        for _ in range(plan.num_steps):
+            preview = graph()
+    """
+
+    def __init__(
+        self, model, plan, shape, dtype=torch.float32, device="cuda", *, prediction_type="sample", guidance_scale=None
+    ):
+        super().__init__(model, plan, shape, dtype, device, prediction_type=prediction_type, guidance_scale=guidance_scale)
+        self.step = torch.zeros((), dtype=torch.int64, device=self.x.device)
+        self.ring = torch.zeros(self.plan.order, *self.x.shape, dtype=dtype, device=self.x.device)
+        self.replay = self.capture(self.run)
+
+    def run(self) -> Tensor:
+        output, guidance = self.output_of(self.x, self.levels.index_select(0, self.step.view(1))[0])
+        seeds = self.seeds if self.plan.draws else None
+        step_in_ring(self.plan, self.step, self.x, output, self.ring, seeds, self.prediction_type, guidance)
+        self.step.add_(1).clamp_(max=self.plan.num_steps)
+        return self.x
+
+    def start(self, x: Tensor, seed=None, plan: Plan | None = None) -> None:
+        """Begins a run from the noise x; `seed` and `plan` as for a call of `SamplingGraph`."""
+        self.load(x, seed, plan)
+        self.step.zero_()
+
+    def __call__(self) -> Tensor:
+        """Makes the next step; after the last one the sample is NaN until the next start.
+
+        Returns:
+            The sample, in memory that the next call overwrites.
+        """
+        return self.replay()
+
+
+def step_in_ring(
+    plan: Plan, step: Tensor, x: Tensor, output: Tensor, ring: Tensor, seeds, prediction_type: str, guidance
+) -> None:
+    """One step in place, its index and the earlier predictions in memory: that of step s lies in slot s mod order of the ring.
+
+    Args:
+        plan: on the device of x.
+        step: int64 [] on the device of x.
+        ring: [order, *x.shape]; the new prediction replaces the oldest.
+    """
+    if _C is not None and (x.is_cpu or _C.has_cuda):
+        _C.step(
+            plan.table, step, x, [output], None, None, seeds, x, *prediction_arguments(prediction_type, guidance), plan.draws, True,
+            [], [], [], ring,
+        )  # fmt: skip
+        return
+    order = len(ring)
+    older = ring.index_select(0, (step - torch.arange(1, order, device=x.device)) % order).unbind()
+    x_next, denoised = fast_step(
+        plan, step, x, [output, *older], seed=seeds, prediction_type=prediction_type, guidance=guidance
+    )
+    ring.index_copy_(0, (step % order).view(1), denoised[None])
+    x.copy_(x_next)
