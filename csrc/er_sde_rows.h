@@ -17,6 +17,9 @@ ERSDE_FN const double* row_of(const Rows& r, int64_t b) {
   return r.table + (plan * r.num_steps + step) * r.num_columns;
 }
 
+// Whether every sample has the same coefficients, and the host knows them: nothing then lies in the memory of the tensors.
+ERSDE_FN bool known_to_host(const Rows& r) { return !r.table && !r.scales; }
+
 // K terms, so that a GPU holds them in registers. What the table does not say is NaN, and nothing is left out silently.
 template <typename A, int K>
 ERSDE_FN Coefficients<A> coefficients_of(const Rows& r, int64_t b) {

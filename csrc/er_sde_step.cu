@@ -96,14 +96,14 @@ struct VectorArgs {
   const void* guide;
   void *denoised, *out;
   int64_t size;                      // of one sample; of the whole tensor where samples do not differ
-  Coefficients<float> coefficients;  // of every sample, where no table and no scales tell them apart
+  Coefficients<float> coefficients;  // of every sample, where the host knows them
   Rows rows;
   Drawn drawn;
 };
 
 template <int K>
 __device__ __forceinline__ Coefficients<float> coefficients(const VectorArgs& a, int64_t b) {
-  return a.rows.table || a.rows.scales ? coefficients_of<float, K>(a.rows, b) : a.coefficients;
+  return known_to_host(a.rows) ? a.coefficients : coefficients_of<float, K>(a.rows, b);
 }
 
 // The terms of one vector, and the guide behind them.
@@ -480,7 +480,7 @@ const char* step_cuda(const StepArgs& a, int multiprocessors, void* stream) {
     v.size = a.batched ? a.sizes[1] : a.numel;
     v.rows = a.rows;
     v.drawn = a.drawn;
-    if (!a.rows.table) v.coefficients = coefficients_of<float, kMaxTerms>(a.rows, 0);
+    if (known_to_host(a.rows)) v.coefficients = coefficients_of<float, kMaxTerms>(a.rows, 0);
     if (a.out.dtype == DType::float32) launch_terms<float>(a, v, multiprocessors, stream);
     else if (a.out.dtype == DType::bfloat16) launch_terms<__nv_bfloat16>(a, v, multiprocessors, stream);
     else launch_terms<__half>(a, v, multiprocessors, stream);
