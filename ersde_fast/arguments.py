@@ -41,11 +41,7 @@ def check_step(
     if not isinstance(history, (list, tuple)):
         raise TypeError(f"history must be a list of predictions, newest first, got {type(history).__name__}")
     if len(history) < uses:
-        at = (
-            f" at step {i}"
-            if isinstance(i, int)
-            else ", as many as the plan's order: those that a step does not use are not read"
-        )
+        at = f" at step {i}" if isinstance(i, int) else ""
         raise ValueError(f"history must hold the {uses} newest predictions{at}, got {len(history)}")
     for j, denoised in enumerate(history[:uses]):
         check_like(f"history[{j}]", denoised, x)
@@ -85,11 +81,13 @@ def _check_index(plan, i, x: Tensor) -> int:
             _check_device(name, index, x.device)
             if has_values(index) and batch and not 0 <= int(index.min()) <= int(index.max()) < end:
                 raise ValueError(f"{name} must be 0 to {end - 1}, got {index.tolist()}")
-        if has_values(i[0]) and has_values(i[1]) and has_values(plan.table):
-            for b, missing in enumerate(plan.table[i][:, 0].isnan().tolist()):
-                if missing:
-                    raise ValueError(f"step_index[{b}] = {int(i[1][b])} is behind the last step of plan {int(i[0][b])}")
-        return plan.order
+        if not (has_values(i[0]) and has_values(i[1]) and has_values(plan.table)):
+            return plan.order
+        weights = plan.weights[i]
+        for b, missing in enumerate(weights[:, 0].isnan().tolist()):
+            if missing:
+                raise ValueError(f"step_index[{b}] = {int(i[1][b])} is behind the last step of plan {int(i[0][b])}")
+        return max((slot for slot in range(1, plan.order + 1) if (weights[:, slot] != 0).any()), default=0)
     if not isinstance(plan, Plan):
         raise TypeError(
             f"plan must be a plan of er_sde_plan, or a stack of them with i = (plan_index, step_index), got {type(plan).__name__}"

@@ -168,6 +168,11 @@ class PlanStack(_Table):
     def num_plans(self) -> int:
         return self.table.shape[0]
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weights: [num_plans, num_steps, order + 2]."""
+        return self.weights.shape
+
 
 def stack_plans(plans: Sequence[Plan]) -> PlanStack:
     """Stacks plans so that each sample of a batch can be at its own step of its own plan, in one kernel.

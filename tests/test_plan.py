@@ -370,7 +370,11 @@ def test_the_last_column_counts_steps():
 def test_a_stack_holds_each_plans_rows_and_nan_behind_them():
     plans = [er_sde_plan([5, 4, 3, 2, 1], order=2), er_sde_plan([3, 1, 0], order=3, method="newton").starting_at(1)]
     stack = stack_plans(plans)
-    assert stack.weights.shape == (2, 4, 5) and (stack.num_plans, stack.num_steps, stack.order) == (2, 4, 3) and stack.draws
+    assert (
+        stack.weights.shape == stack.shape == (2, 4, 5)
+        and (stack.num_plans, stack.num_steps, stack.order) == (2, 4, 3)
+        and stack.draws
+    )
     for rows, plan in zip(stack.table, plans, strict=True):
         n, used = plan.num_steps, plan.order + 1
         assert torch.equal(rows[:n, :used], plan.table[:, :used]) and (rows[:n, used:4] == 0).all()

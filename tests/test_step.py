@@ -432,6 +432,15 @@ def test_a_mixed_batch_with_noise_of_its_own_and_strides(backend):
         assert_step_exact(result[b], STACK[p], i, x[b], [d[b] for d in history], noise[b])
 
 
+def test_a_mixed_batch_needs_no_more_history_than_its_samples_use():
+    """Where the host knows the steps: requests that all begin have one prediction, whatever the plans' order."""
+    stack, index = stack_plans(STACK[:3]), (torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int64))
+    x, history, _ = inputs((3, 40), 4)
+    assert torch.equal(fast_step(stack, index, x, history[:1], seed=5), fast_step(stack, index, x, history, seed=5))
+    with pytest.raises(ValueError, match="history must hold the 2 newest predictions"):
+        fast_step(stack, (index[0], torch.tensor([0, 1, 0])), x, history[:1], seed=5)
+
+
 def test_a_mixed_batch_of_runs_without_noise_needs_no_source(backend):
     stack, index = stack_plans([ODE, ODE.starting_at(2)]).to(here()), (torch.tensor([0, 1, 0]), torch.tensor([3, 3, 0]))
     x, history, _ = inputs((3, 40), 3)
@@ -478,7 +487,7 @@ STACKED = dict(plan=stack_plans([PLANS[3], PLANS[3].starting_at(2)]), seed=1)
         (dict(STACKED, i=([0, 1], ZEROS)), TypeError, r"plan_index must be an int64 tensor of shape \(2,\), got \[0, 1\]"),
         (dict(STACKED, i=(ZEROS, ZEROS[:1])), TypeError, r"step_index must be an int64 tensor of shape \(2,\), got torch.int64 \(1,\)"),
         (dict(STACKED, i=(ZEROS, ZEROS), seed=None), ValueError, r"seed or noise is needed where samples follow plans of their own"),
-        (dict(STACKED, i=(ZEROS, ZEROS), history=HISTORY[:2]), ValueError, r"history must hold the 3 newest predictions, as many as the plan's order"),
+        (dict(STACKED, i=(ZEROS, torch.tensor([0, 4])), history=HISTORY[:2]), ValueError, r"history must hold the 3 newest predictions, got 2"),
         (dict(prediction_type="eps"), ValueError, r"prediction_type must be None or one of 'sample', 'epsilon', 'v', 'flow', got 'eps'"),
         (dict(prediction_type=["v"]), ValueError, r"prediction_type must be None or one of .* got \['v'\]"),
         (dict(guidance=(NOISE, 2.0)), ValueError, r"guidance needs a prediction_type"),
