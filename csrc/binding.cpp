@@ -269,14 +269,17 @@ bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at
   return true;
 }
 
+// A list of numbers, empty for None.
+std::vector<int64_t> numbers(py::handle h) { return h.is_none() ? std::vector<int64_t>() : h.cast<std::vector<int64_t>>(); }
+
 // See fast_step in step.py for the arguments. table: of the plan, [num_steps, columns], or of several, [num_plans, ...], float64.
 // seed: None, an int, or an int64 tensor [batch, 2] of (seed, sample). prediction_type: its number, or -1. scale: a number, or a
 // float64 tensor [batch]. draws: whether any row adds noise. ring: with a prediction_type, [order, *x.shape], whose slot
 // s mod order holds the prediction of step s; history is then the model's output alone, and the new prediction goes to the ring.
 py::object step(const at::Tensor& table, py::handle i, py::handle x_object, py::handle history, py::handle noise,
                 py::handle generator, py::handle seed, py::handle out_object, int prediction_type, py::handle unconditional,
-                py::handle scale, bool draws, bool trusted, const std::vector<int64_t>& global_shape,
-                const std::vector<int64_t>& global_start, const std::vector<int64_t>& torch_layout, py::handle ring_object) {
+                py::handle scale, bool draws, bool trusted, py::handle global_shape, py::handle global_start,
+                py::handle torch_layout_object, py::handle ring_object) {
   StepArgs a{};
   at::Tensor x, z, out, denoised, seeds, scales, ring;
   const bool grad_mode = c10::GradMode::is_enabled(), predicts = prediction_type >= 0;
@@ -408,6 +411,7 @@ py::object step(const at::Tensor& table, py::handle i, py::handle x_object, py::
       a.drawn.source = ersde::Noise::portable;
     } else {
 #ifdef ERSDE_WITH_CUDA
+      const std::vector<int64_t> torch_layout = numbers(torch_layout_object);
       if (x.is_cuda() && (!torch_layout.empty() || torch_draws_in_one_piece(x))) {
         const auto stream = torch_stream_of_device[x.get_device()];
         if (stream == TorchStream::unchecked) return py::none();
@@ -425,7 +429,7 @@ py::object step(const at::Tensor& table, py::handle i, py::handle x_object, py::
   a.batched = a.drawn.source == ersde::Noise::portable || a.rows.index_stride || a.rows.scales;
   a.out.data = static_cast<char*>(out.mutable_data_ptr());
   pairs.push_back({out, &a.out});
-  set_shape(a, pairs, global_shape, global_start);
+  set_shape(a, pairs, numbers(global_shape), numbers(global_start));
   run(a, x.device());
   return result();
 }

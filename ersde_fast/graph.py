@@ -197,7 +197,7 @@ def step_in_ring(
     if _C is not None and (x.is_cpu or _C.has_cuda):
         _C.step(
             plan.table, step, x, [output], None, None, seeds, x, *prediction_arguments(prediction_type, guidance), plan.draws, True,
-            [], [], [], ring,
+            None, None, None, ring,
         )  # fmt: skip
         return
     order = len(ring)

@@ -92,8 +92,8 @@ def fast_step(
             kind, unconditional, scale = _prediction_arguments_if_plain(prediction_type, guidance)
         if kind is not None and hasattr(plan, "table"):
             result = _C.step(
-                plan.table, i, x, history, noise, generator, seeds, out, kind, unconditional, scale, plan.draws, False, [], [], [],
-                None,
+                plan.table, i, x, history, noise, generator, seeds, out, kind, unconditional, scale, plan.draws, False, None, None,
+                None, None,
             )  # fmt: skip
             if result is not None:
                 return result

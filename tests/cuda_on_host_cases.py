@@ -117,7 +117,7 @@ def test_a_step_that_only_the_kernel_knows_and_that_does_not_exist_makes_nan(ext
     ring = torch.zeros(3, 1, size)
     index = torch.tensor(step)
     result = extension.step(
-        plan_of(3).table, index, x, [output], None, None, 3, None, 2, None, None, True, True, [], [], [], ring
+        plan_of(3).table, index, x, [output], None, None, 3, None, 2, None, None, True, True, None, None, None, ring
     )  # fmt: skip
     assert result.isnan().all() and ring[step % 3].isnan().all()
 
@@ -147,7 +147,7 @@ def test_a_ring_of_predictions(data, order):
         for extension in (cuda_on_host, _C):
             slots = ring.clone()
             following = extension.step(
-                plan.table, step, result, [outputs[i]], None, None, 7, None, 2, None, None, True, True, [], [], [], slots
+                plan.table, step, result, [outputs[i]], None, None, 7, None, 2, None, None, True, True, None, None, None, slots
             )  # fmt: skip
             assert torch.equal(following, expected) and torch.equal(slots[i % order], denoised)
         ring, result = slots, following
