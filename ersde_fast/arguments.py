@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .noise import MAX_POSITIONS, TORCH_PIECE, check_torch_layout, has_values, seeds_of
-from .plan import PREDICTION_TYPES, Plan, PlanStack
+from .plan import PREDICTION_TYPES, Plan, PlanStack, Row
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NUMBER_OF_TYPE = {None: -1} | {name: k for k, name in enumerate(PREDICTION_TYPES)}
@@ -110,6 +110,13 @@ def _check_index(plan, i, x: Tensor) -> int:
     return len(plan.rows[i].w_d) if has_values(plan.table) else min(plan.orders[i], i + 1)
 
 
+def known_row(plan, i) -> Row | None:
+    """The row of a step of one plan, where the host knows both the step and the plan's numbers."""
+    if isinstance(i, tuple) or not has_values(plan.table) or not (isinstance(i, int) or has_values(i)):
+        return None
+    return plan.rows[i]
+
+
 def prediction_arguments(prediction_type, guidance) -> tuple:
     """The number of the prediction type (-1: none), the unconditional output and the scale, of checked arguments."""
     unconditional, scale = (None, None) if guidance is None else guidance
@@ -118,8 +125,11 @@ def prediction_arguments(prediction_type, guidance) -> tuple:
 
 def _check_guidance(plan, i, x: Tensor, prediction_type, guidance) -> list[tuple[str, Tensor]]:
     """Checks what turns a model's output into a prediction, and names the tensor that it reads."""
-    if prediction_type == "epsilon" and isinstance(i, int) and has_values(plan.table) and plan.alphas[i] == 0:
-        raise ValueError(f'prediction_type "epsilon" says nothing of the clean sample where alpha is 0, as at step {i}')
+    row = known_row(plan, i)
+    if prediction_type is not None and row and not math.isfinite(row.predictions[NUMBER_OF_TYPE[prediction_type]][0]):
+        raise ValueError(
+            f'prediction_type "{prediction_type}" says nothing of the clean sample where alpha is 0, as at step {int(i)}'
+        )
     if guidance is None:
         return []
     if prediction_type is None:
