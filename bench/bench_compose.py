@@ -3,12 +3,10 @@
 Each beside what it replaces. Bytes count each tensor of the fused step once.
 """
 
-import platform
-
 import pytest
 import torch
 
-from conftest import DEVICE, synchronize
+from conftest import DEVICE, measure, synchronize
 from ersde_fast import er_sde_plan, fast_step, stack_plans, step_log_prob
 from ersde_fast.graph import SamplingGraph
 from ersde_fast.noise import seed_table
@@ -16,26 +14,6 @@ from ersde_fast.plan import _build_by_kernel
 
 PLAN = er_sde_plan([10.0, 8.0, 6.0, 4.0, 2.0, 1.0])
 STEP = 3
-
-
-def measure(benchmark, name, function, numel, streams=0, dtype=torch.float32, copy_bandwidth=None):
-    benchmark.extra_info.update(
-        contender=name,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine(),
-    )
-    if streams:
-        nbytes = numel * dtype.itemsize
-        benchmark.extra_info.update(bytes=streams * nbytes, copy_gb_s=copy_bandwidth(nbytes))
-
-    def run():
-        function()
-        synchronize()
-
-    benchmark.pedantic(
-        run, rounds=9 if numel > 1 << 24 else 25, iterations=max(1, (1 << 21) // max(numel, 1 << 10)), warmup_rounds=3
-    )
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,11 @@ torch.compile draws with `fallback_random`, which is torch's own stream; its riv
 Bytes count each tensor of the fused step once: x, the predictions and the noise read, the result written.
 """
 
-import platform
-
 import pytest
 import rivals
 import torch
 
-from conftest import DEVICE, synchronize
+from conftest import DEVICE, measure
 from ersde_fast import er_sde_plan, fast_step, reference_step
 
 SHAPES = [(1, 4, 64, 64), (1, 16, 128, 128), (1, 16, 21, 90, 160), (1, 64 << 20)]
@@ -90,17 +88,4 @@ def test_step(benchmark, copy_bandwidth, shape, dtype, order, source, name):
     functions, streams = contenders(shape, dtype, order, source)
     numel = torch.Size(shape).numel()
     benchmark.group = f"order {order}, {source}, {str(dtype).removeprefix('torch.')}, {'x'.join(map(str, shape))}"
-    benchmark.extra_info.update(
-        contender=name,
-        bytes=streams * numel * dtype.itemsize,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine(),
-        copy_gb_s=copy_bandwidth(numel * dtype.itemsize),
-    )
-
-    def run():
-        functions[name]()
-        synchronize()
-
-    benchmark.pedantic(run, rounds=9 if numel > 1 << 24 else 25, iterations=max(1, (1 << 21) // numel), warmup_rounds=3)
+    measure(benchmark, name, functions[name], numel, streams, dtype, copy_bandwidth)

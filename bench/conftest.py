@@ -1,5 +1,6 @@
 """Bandwidth of a copy in the same session, and a table of every step beside its rivals and that limit."""
 
+import platform
 import statistics
 import time
 
@@ -36,6 +37,27 @@ def copy_bandwidth():
         return measured[nbytes]
 
     return bandwidth
+
+
+def measure(benchmark, name, function, numel, streams=0, dtype=torch.float32, copy_bandwidth=None):
+    """Runs a contender and notes what it was; with the number of streams it moves, its bytes and a copy's bandwidth too."""
+    benchmark.extra_info.update(
+        contender=name,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine(),
+    )
+    if streams:
+        nbytes = numel * dtype.itemsize
+        benchmark.extra_info.update(bytes=streams * nbytes, copy_gb_s=copy_bandwidth(nbytes))
+
+    def run():
+        function()
+        synchronize()
+
+    benchmark.pedantic(
+        run, rounds=9 if numel > 1 << 24 else 25, iterations=max(1, (1 << 21) // max(numel, 1 << 10)), warmup_rounds=3
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):

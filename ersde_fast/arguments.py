@@ -107,7 +107,8 @@ def _check_index(plan, i, x: Tensor) -> int:
         raise TypeError(f"i must be a whole number, the index of the step, or an int64 tensor of it, got {i!r}")
     if not 0 <= i < plan.num_steps:
         raise ValueError(f"i must be 0 to {plan.num_steps - 1} (the plan has {plan.num_steps} steps), got {i}")
-    return len(plan.rows[i].w_d) if has_values(plan.table) else min(plan.orders[i], i + 1)
+    row = known_row(plan, i)
+    return min(plan.orders[i], i + 1) if row is None else len(row.w_d)
 
 
 def known_row(plan, i) -> Row | None:

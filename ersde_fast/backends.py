@@ -146,10 +146,14 @@ def run(
         from .kernels import er_sde_step
 
         return er_sde_step.step(table, i, x, history, out, draws, noise, generator, seeds, kind, unconditional, scale)
-    result = reference(row, x, history, noise, kind, unconditional, scale)
+    return written_to(out, reference(row, x, history, noise, kind, unconditional, scale))
+
+
+def written_to(out: Tensor | None, result):
+    """The result of a step with its next sample in `out`, where that is given."""
     if out is None:
         return result
-    return out.copy_(result) if kind < 0 else (out.copy_(result[0]), result[1])
+    return (out.copy_(result[0]), *result[1:]) if isinstance(result, tuple) else out.copy_(result)
 
 
 def _draws_torch_in_kernel(backend: str, x: Tensor, torch_layout) -> bool:

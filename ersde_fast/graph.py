@@ -44,6 +44,19 @@ class _Captured:
         self.plan_in_memory = plan
         self.x = torch.zeros(tuple(shape), dtype=dtype, device=device)
         self.seeds = torch.zeros(shape[0], 2, dtype=torch.int64, device=device)
+        self.allocate()
+        self.replay = self.capture(self.run)
+
+    def allocate(self) -> None:
+        """More memory that replays share, before the capture."""
+
+    def run(self) -> Tensor:
+        """What is captured."""
+        raise NotImplementedError
+
+    @property
+    def seeds_to_draw(self) -> Tensor | None:
+        return self.seeds if self.plan.draws else None
 
     def output_of(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, tuple[Tensor, float] | None]:
         """The model's output and, with a guidance scale, what guides it."""
@@ -111,14 +124,8 @@ class SamplingGraph(_Captured):
             part of the step.
     """
 
-    def __init__(
-        self, model, plan, shape, dtype=torch.float32, device="cuda", *, prediction_type="sample", guidance_scale=None
-    ):
-        super().__init__(model, plan, shape, dtype, device, prediction_type=prediction_type, guidance_scale=guidance_scale)
-        self.replay = self.capture(self.run)
-
     def run(self) -> Tensor:
-        x, history, seeds = self.x, [], self.seeds if self.plan.draws else None
+        x, history, seeds = self.x, [], self.seeds_to_draw
         for i in range(self.plan.num_steps):
             output, guidance = self.output_of(x, self.levels[i])
             history = [output, *history[: self.plan.order - 1]]
@@ -155,18 +162,13 @@ class StepGraph(_Captured):
             preview = graph()
     """
 
-    def __init__(
-        self, model, plan, shape, dtype=torch.float32, device="cuda", *, prediction_type="sample", guidance_scale=None
-    ):
-        super().__init__(model, plan, shape, dtype, device, prediction_type=prediction_type, guidance_scale=guidance_scale)
+    def allocate(self) -> None:
         self.step = torch.zeros((), dtype=torch.int64, device=self.x.device)
-        self.ring = torch.zeros(self.plan.order, *self.x.shape, dtype=dtype, device=self.x.device)
-        self.replay = self.capture(self.run)
+        self.ring = self.x.new_zeros(self.plan.order, *self.x.shape)
 
     def run(self) -> Tensor:
         output, guidance = self.output_of(self.x, self.levels.index_select(0, self.step.view(1))[0])
-        seeds = self.seeds if self.plan.draws else None
-        step_in_ring(self.plan, self.step, self.x, output, self.ring, seeds, self.prediction_type, guidance)
+        step_in_ring(self.plan, self.step, self.x, output, self.ring, self.seeds_to_draw, self.prediction_type, guidance)
         self.step.add_(1).clamp_(max=self.plan.num_steps)
         return self.x
 

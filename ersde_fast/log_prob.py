@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import check_like, check_step, prediction_arguments
+from .arguments import check_like, check_step, known_row, prediction_arguments
 from .noise import has_values
 from .reference import linear_combination, prediction, row_of, table_for
 
@@ -33,7 +33,11 @@ def step_log_prob(plan, i, x: Tensor, history, x_next: Tensor, *, prediction_typ
         check_like("x_next", x_next, x)
         check_log_prob(plan, i)
         history = history[:uses]
-    kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
+    return log_prob(plan, i, x, history, x_next, *prediction_arguments(prediction_type, guidance))
+
+
+def log_prob(plan, i, x: Tensor, history, x_next: Tensor, kind: int, unconditional: Tensor | None, scale) -> Tensor:
+    """step_log_prob of checked arguments."""
     row = row_of(table_for(plan, i, x), i, x)
     if kind >= 0:
         history = [prediction(row, x, history[0], kind, unconditional, scale, torch.float64), *history[1:]]
@@ -45,19 +49,18 @@ def step_log_prob(plan, i, x: Tensor, history, x_next: Tensor, *, prediction_typ
         log_w_noise = math.log(w_noise)
     batch, size = (x.shape[0] if x.dim() else 1), math.prod(x.shape[1:])
     squares = ((x_next.double() - mean) / w_noise).square().reshape(batch, size)
-    log_prob = -_sum_of_pairs(squares) / 2 - size * (log_w_noise + math.log(2 * math.pi) / 2)
-    return log_prob.reshape(x.shape[:1])
+    density = -_sum_of_pairs(squares) / 2 - size * (log_w_noise + math.log(2 * math.pi) / 2)
+    return density.reshape(x.shape[:1])
 
 
 def check_log_prob(plan, i) -> None:
     """Raises where a step is known to add no noise."""
     silent = None if plan.draws else "the plan"
-    if has_values(plan.table):
-        if isinstance(i, tuple):
-            if all(map(has_values, i)) and (zeros := plan.table[i][:, plan.order + 1] == 0).any():
-                silent = f"the step of sample {int(zeros.nonzero()[0])}"
-        elif isinstance(i, int) or has_values(i):
-            silent = f"step {int(i)}" if plan.rows[i].w_noise == 0 else None
+    if row := known_row(plan, i):
+        silent = f"step {int(i)}" if row.w_noise == 0 else None
+    elif isinstance(i, tuple) and has_values(plan.table) and all(map(has_values, i)):
+        if (zeros := plan.weights[i][:, -1] == 0).any():
+            silent = f"the step of sample {int(zeros.nonzero()[0])}"
     if silent:
         raise ValueError(
             f"log_prob: {silent} adds no noise, so that its result is certain and has no density; take steps of a stochastic "

@@ -32,11 +32,12 @@ def _kernel(table, plan_index, step_index, x, history, noise, seeds, *shard_and_
     global_shape, global_start, *behind = shard_and_output
     kind, unconditional, scale = behind or (-1, None, None)
     i = step_index if plan_index is None else (plan_index, step_index)
-    if plan_index is None and table.is_cpu and step_index.is_cpu:
+    order, silent = table.shape[-1] - 2 - COLUMNS_BEHIND, noise is None and seeds is None
+    if (silent or len(history) < order) and plan_index is None and table.is_cpu and step_index.is_cpu:
         row = table[step_index]
-        if noise is None and seeds is None and row[-1 - COLUMNS_BEHIND] != 0:
+        if silent and row[order + 1] != 0:
             raise ValueError("noise or seeds is needed: the weight of the noise is not 0 at this step")
-        if (row[1 + len(history) : -1 - COLUMNS_BEHIND] != 0).any():
+        if (row[1 + len(history) : order + 1] != 0).any():
             raise ValueError(f"history must hold every prediction that the step uses, got {len(history)}")
     if scale is not None and scale.dim() == 0:
         scale = scale.item()

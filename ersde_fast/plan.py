@@ -32,7 +32,6 @@ MAX_ORDER = {"taylor": 3, "newton": 5}
 
 _GAUSS_X, _GAUSS_W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
 
-
 PREDICTION_TYPES = ("sample", "epsilon", "v", "flow")
 COLUMNS_BEHIND = 2 * len(PREDICTION_TYPES) + 1  # behind w_noise in a table; kColumnsBehind of csrc/er_sde_step.h
 
@@ -44,8 +43,18 @@ class Row(NamedTuple):
     w_x: float
     w_d: tuple[float, ...]
     w_noise: float
-    predictions: tuple[tuple[float, float], ...] = ()
-    counter: int = 0
+    predictions: tuple[tuple[float, float], ...]
+    counter: int
+
+    @classmethod
+    def of(cls, columns: Sequence) -> "Row":
+        """From the columns of a table, numbers or tensors; `w_d` has the length of the order."""
+        order = len(columns) - 2 - COLUMNS_BEHIND
+        pairs, counter = columns[order + 2 : -1], columns[-1]
+        return cls(
+            columns[0], tuple(columns[1 : order + 1]), columns[order + 1], tuple(zip(pairs[::2], pairs[1::2], strict=True)),
+            counter.long() if isinstance(counter, Tensor) else int(counter),
+        )  # fmt: skip
 
 
 class _Table:
@@ -115,14 +124,10 @@ class Plan(_Table):
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """The rows of the table as Python numbers; waits for the device of a plan that lies on one."""
-        rows, order = [], self.order
-        for row in self.table.tolist():
-            w_d = row[1 : order + 1]
-            while w_d and w_d[-1] == 0:
-                w_d.pop()
-            pairs = row[order + 2 : -1]
-            rows.append(Row(row[0], tuple(w_d), row[order + 1], tuple(zip(pairs[::2], pairs[1::2], strict=True)), int(row[-1])))
-        return tuple(rows)
+        rows = map(Row.of, self.table.tolist())
+        return tuple(
+            row._replace(w_d=row.w_d[: max((j + 1 for j, w in enumerate(row.w_d) if w != 0), default=0)]) for row in rows
+        )
 
     def starting_at(self, i: int) -> "Plan":
         """The plan of the remaining steps from step i, begun without history, as image-to-image runs do.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .arguments import check_step, prediction_arguments
 from .noise import has_values, seeds_of, specified_noise
-from .plan import COLUMNS_BEHIND, Row
+from .plan import Row
 
 
 def reference_step(
@@ -98,12 +98,7 @@ def row_of(table: Tensor, i, x: Tensor) -> Row:
         columns = table[i].unbind()
     else:
         columns = [per_sample(column, x.dim()) for column in look_up(table, i).unbind(-1)]
-    order = len(columns) - 2 - COLUMNS_BEHIND
-    pairs = columns[order + 2 : -1]
-    counter = columns[-1].long() if isinstance(columns[-1], Tensor) else int(columns[-1])
-    return Row(
-        columns[0], tuple(columns[1 : order + 1]), columns[order + 1], tuple(zip(pairs[::2], pairs[1::2], strict=True)), counter
-    )
+    return Row.of(columns)
 
 
 def look_up(table: Tensor, i: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import ops
-from .arguments import check_step, prediction_arguments
-from .backends import _C, is_differentiated, pick_backend, run
-from .log_prob import check_log_prob, step_log_prob
-from .noise import has_values, seed_table, seeds_of
+from .arguments import check_step, known_row, prediction_arguments
+from .backends import _C, is_differentiated, pick_backend, run, written_to
+from .log_prob import check_log_prob, log_prob
+from .noise import seed_table, seeds_of
 from .reference import table_for
 
 TRACED = ("FakeTensor", "FunctionalTensor")  # types that stand for plain tensors while torch traces
@@ -82,7 +82,7 @@ def fast_step(
             plan, i, x, history[: plan.order], plan.draws, noise, generator, seed, kind, unconditional, scale, global_shape,
             global_start,
         )  # fmt: skip
-        return _and_log_prob(result, plan, i, x, history, prediction_type, guidance) if return_log_prob else result
+        return _and_log_prob(result, plan, i, x, history, kind, unconditional, scale) if return_log_prob else result
 
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
     if _C is not None and backend is None and not (global_shape or global_start or torch_layout or return_log_prob):
@@ -110,9 +110,8 @@ def fast_step(
         if out is not None:
             raise ValueError("out must not be given with return_log_prob: it could overwrite what the density depends on")
     kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
-    history, draws = history[:uses], plan.draws
-    if not isinstance(i, tuple) and has_values(plan.table) and (isinstance(i, int) or has_values(i)):
-        draws = plan.rows[i].w_noise != 0
+    history, row = history[:uses], known_row(plan, i)
+    draws = plan.draws if row is None else row.w_noise != 0
     tensors = [t for t in (x, *history, noise, unconditional) if t is not None]
     if backend != "reference" and (why := _why_operator(tensors)):
         if backend is not None:
@@ -120,8 +119,7 @@ def fast_step(
         result = _by_operator(
             plan, i, x, history, draws, noise, generator, seed, kind, unconditional, scale, global_shape, global_start
         )
-        if out is not None:
-            result = out.copy_(result) if kind < 0 else (out.copy_(result[0]), result[1])
+        result = written_to(out, result)
     else:
         backend = pick_backend(backend, tensors, torch_layout)
         table = plan.to(x.device).table if backend == "triton" else table_for(plan, i, x)
@@ -129,7 +127,7 @@ def fast_step(
             backend, table, i, x, history, draws, noise, generator, seeds, out, kind,
             unconditional, scale, global_shape or (), global_start or (), torch_layout or (),
         )  # fmt: skip
-    return _and_log_prob(result, plan, i, x, history, prediction_type, guidance) if return_log_prob else result
+    return _and_log_prob(result, plan, i, x, history, kind, unconditional, scale) if return_log_prob else result
 
 
 def _prediction_arguments_if_plain(prediction_type, guidance) -> tuple:
@@ -187,7 +185,6 @@ def _seeds_to_trace(seed, x: Tensor) -> Tensor:
     return seed_table(seed, batch).to(x.device)
 
 
-def _and_log_prob(result, plan, i, x, history, prediction_type, guidance) -> tuple:
+def _and_log_prob(result, plan, i, x, history, kind, unconditional, scale) -> tuple:
     results = result if isinstance(result, tuple) else (result,)
-    sample = results[0].detach()
-    return (*results, step_log_prob(plan, i, x, history, sample, prediction_type=prediction_type, guidance=guidance))
+    return (*results, log_prob(plan, i, x, history, results[0].detach(), kind, unconditional, scale))
