@@ -1,10 +1,6 @@
 // A plan's table on CUDA: a warp a step, whose lanes share out the points of its integrals.
+#include "er_sde_launch.h"
 #include "er_sde_plan.h"
-
-#ifndef ERSDE_LAUNCH
-#include <cuda_runtime.h>
-#define ERSDE_LAUNCH(kernel, grid, block, stream, args) kernel<<<grid, block, 0, (cudaStream_t)(stream)>>>(args)
-#endif
 
 namespace ersde {
 namespace {
@@ -31,12 +27,7 @@ __global__ void __launch_bounds__(kLanes) plan_rows(const __grid_constant__ Plan
 
 const char* plan_cuda(const PlanArgs& a, void* stream) {
   ERSDE_LAUNCH(plan_rows, dim3((unsigned)a.num_steps), dim3(kLanes), stream, a);
-#ifdef __CUDACC__
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-#else
-  return nullptr;
-#endif
+  return launch_error();
 }
 
 }  // namespace ersde

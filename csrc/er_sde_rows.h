@@ -53,3 +53,7 @@ ERSDE_FN int ring_slot(const Rows& r) {
 ERSDE_FN int64_t ring_offset(const Rows& r, int slot, int age) {
   return (int64_t)(slot - age + (slot < age ? r.ring : 0)) * r.ring_stride;
 }
+// Bytes from where term k begins to what this step reads of it: earlier predictions may lie in the ring.
+ERSDE_FN int64_t term_offset(const Rows& r, int slot, int k) {
+  return r.ring && k > 1 && k <= r.predictions ? ring_offset(r, slot, k - 1) : 0;
+}

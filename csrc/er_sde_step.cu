@@ -5,17 +5,13 @@
 //                  specialised by the number of terms and the source of noise;
 //   step_elements  everything else: dtypes, strides and shards known at run time, one element at a time.
 // No shared memory, no atomics, no torch header; a machine without a GPU compiles this file as C++ and runs it in tests.
+#include "er_sde_launch.h"
 #include "er_sde_step.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cmath>
-
-#ifndef ERSDE_LAUNCH
-#include <cuda_runtime.h>
-#define ERSDE_LAUNCH(kernel, grid, block, stream, args) kernel<<<grid, block, 0, (cudaStream_t)(stream)>>>(args)
-#endif
 
 namespace ersde {
 namespace {
@@ -124,7 +120,7 @@ __device__ __forceinline__ Loaded<K, Predicts> load_vector(const VectorArgs& a, 
     if (Predicts && k == 1) read = c.p[1] != 0;
     if (Predicts && k == K) read = c.p[2] != 0;
     const char* p = static_cast<const char*>(k < K ? a.terms[k] : a.guide);
-    if (Predicts && k > 1 && k <= a.rows.predictions && a.rows.ring) p += ring_offset(a.rows, slot, k - 1);
+    if (Predicts && k < K && a.rows.ring) p += term_offset(a.rows, slot, k);  // a branch: without it registers spill on sm_80
     loaded.v[k] = read ? reinterpret_cast<const uint4*>(p)[at] : uint4{0, 0, 0, 0};
   }
   return loaded;
@@ -187,8 +183,7 @@ __device__ __forceinline__ void step_scalar(const VectorArgs& a, const Coefficie
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (c.w[k] == 0) continue;
-    const int64_t bytes = Predicts && k > 1 && k <= a.rows.predictions && a.rows.ring ? ring_offset(a.rows, slot, k - 1) : 0;
-    y = fma_(c.w[k], Predicts && k == 1 ? predicted : term(a.terms[k], bytes), y);
+    y = fma_(c.w[k], Predicts && k == 1 ? predicted : term(a.terms[k], Predicts ? term_offset(a.rows, slot, k) : 0), y);
   }
   if (draws && c.noise != 0) y = fma_(c.noise, z, y);
   store(static_cast<T*>(a.out) + e, y);
@@ -377,8 +372,8 @@ __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant_
 #pragma unroll
     for (int k = 0; k < kMaxTerms; ++k) {
       if (k >= a.num_terms || c.w[k] == 0) continue;
-      if (k > 1 && k <= a.rows.predictions && a.rows.ring) offset[k] += ring_offset(a.rows, slot, k - 1);
-      const A term = predicts && k == 1 ? predicted : load_any<A>(a.terms[k].data + offset[k], a.terms[k].dtype);
+      const char* p = a.terms[k].data + offset[k] + term_offset(a.rows, slot, k);
+      const A term = predicts && k == 1 ? predicted : load_any<A>(p, a.terms[k].dtype);
       y = fma_(c.w[k], term, y);
     }
     if (a.drawn.source != Noise::none && c.noise != 0) {
@@ -493,12 +488,7 @@ const char* step_cuda(const StepArgs& a, int multiprocessors, void* stream) {
     else if (small) ERSDE_LAUNCH((step_elements<float, uint32_t>), grid, dim3(kThreads), stream, a);
     else ERSDE_LAUNCH((step_elements<float, uint64_t>), grid, dim3(kThreads), stream, a);
   }
-#ifdef __CUDACC__
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-#else
-  return nullptr;
-#endif
+  return launch_error();
 }
 
 }  // namespace ersde

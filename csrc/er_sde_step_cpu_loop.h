@@ -237,7 +237,7 @@ struct Recipe {
     }
     for (int k = 0; k < a.num_terms; ++k) {
       if (predicts && k == 1) next.add(a.denoised, newest, c.w[k]);
-      else next.add(a.terms[k], k > 1 && k <= a.rows.predictions ? ring_offset(a.rows, slot, k - 1) : 0, c.w[k]);
+      else next.add(a.terms[k], term_offset(a.rows, slot, k), c.w[k]);
     }
     next.weights[next.count] = draws ? c.noise : T(0);
   }
