@@ -24,6 +24,7 @@ $(VENV)/done: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PY) -c "import torch" 2>/dev/null || $(if $(HAVE_GPU),,$(PY) -m pip install -q "$(TORCH)+cpu" ||) \
 		{ $(PY) -m pip install -q uv && $(PY) -m uv pip install --python $(PY) --torch-backend=auto "$(TORCH)"; }
 	$(PY) -m pip install -q --no-build-isolation -e ".[test]"
+	$(PY) -m pip install -q --no-deps k-diffusion==0.1.1.post1
 	touch $@
 
 .PHONY: build

@@ -11,13 +11,17 @@ from ersde_fast import er_sde_plan, reference_step
 SCALERS = [None, "ode", "sde", "sde_1", "sde_2", "sde_3", "sde_4", "sde_5"]  # by their numbers in the authors' code
 
 
-def plan_of(case):
+def scaler_of(case):
     scaler = case["scaler"]
+    return f"reverse_time_sde({scaler['eta']})" if scaler["number"] is None else SCALERS[scaler["number"]]
+
+
+def plan_of(case):
     return er_sde_plan(
         case["sigmas"],
         case["alphas"],
         order=case["order"],
-        noise_scaler=f"reverse_time_sde({scaler['eta']})" if scaler["number"] is None else SCALERS[scaler["number"]],
+        noise_scaler=scaler_of(case),
         integration_points=case["quadrature"]["points"],
         s_noise=case["s_noise"],
     )

@@ -1,0 +1,127 @@
+"""A custom node package for ComfyUI: the sampler `er_sde_fast` in every list of samplers, and a node with its settings.
+
+ComfyUI loads it from a folder in custom_nodes that holds `from ersde_fast.integrations.comfyui import *`, or by the entry point
+`comfyui.custom_nodes` of the installed package.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+try:
+    import comfy.model_sampling
+    import comfy.samplers
+    from comfy.k_diffusion import sampling as k_diffusion_sampling
+except ImportError as error:
+    raise ImportError("ersde_fast.integrations.comfyui is a custom node package: it is imported by ComfyUI alone") from error
+
+from ersde_fast.noise_scaler import reverse_time_sde
+from ersde_fast.sample import sample_er_sde
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+
+NAME = "er_sde_fast"
+OFFSET = 1e-4  # how far the built-in sampler moves the start of a flow off sigma 1, as a share of the run
+SOLVERS = {"ER-SDE": lambda eta: None, "Reverse-time SDE": reverse_time_sde, "ODE": lambda eta: "ode"}
+TORCH, PORTABLE = "ComfyUI's (torch)", "portable"
+
+
+@torch.no_grad()
+def sample_er_sde_fast(
+    model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict | None = None,
+    callback=None,
+    disable: bool | None = None,
+    s_noise: float = 1.0,
+    noise_sampler=None,
+    noise_scaler=None,
+    max_stage: int = 3,
+    method: str = "taylor",
+    node_scale: float = math.inf,
+    portable: bool = False,
+    compatible: bool = False,
+) -> Tensor:
+    """`sample_er_sde` as a ComfyUI sampler: asks the model for its schedule, and for the seed of the run.
+
+    Args:
+        model, x, sigmas, extra_args, callback, disable, s_noise, noise_sampler: ComfyUI's.
+        noise_scaler, max_stage, method, node_scale: see `ersde_fast.er_sde_plan`.
+        portable: draws the portable stream at the run's seed, the same bits on every machine; else the noise is what torch
+            draws at the seed at which ComfyUI's own samplers draw theirs.
+        compatible: the built-in er_sde again, to float32 rounding: its sums of 200 points and its start of flows off sigma 1.
+    """
+    if len(sigmas) < 2:
+        return x
+    model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
+    flow = isinstance(model_sampling, comfy.model_sampling.CONST)
+    if flow and compatible and sigmas[0] >= 1:
+        sigmas = torch.cat([sigmas.new_tensor([model_sampling.percent_to_sigma(OFFSET)]), sigmas[1:]])
+    source, seed = {}, (extra_args or {}).get("seed")
+    if noise_sampler is not None:
+        source = {"noise_sampler": noise_sampler}
+    elif seed is not None and portable:
+        source = {"seed": seed}
+    elif seed is not None:
+        seed += x.device.type == "cpu"  # ComfyUI's latents come from the CPU's generator at the seed itself
+        source = {"generator": torch.Generator(x.device).manual_seed(seed % 2**64)}
+    return sample_er_sde(
+        model, x, sigmas, extra_args, callback, disable, s_noise * getattr(model_sampling, "noise_scale", 1.0),
+        noise_scaler=noise_scaler, max_stage=max_stage, process="flow" if flow else "ve", method=method, node_scale=node_scale,
+        integration_points=200 if compatible else None, **source,
+    )  # fmt: skip
+
+
+class SamplerERSDEFast:
+    """The node: a SAMPLER for SamplerCustom and its relatives."""
+
+    CATEGORY = "sampling/custom_sampling/samplers"
+    FUNCTION = "get_sampler"
+    RETURN_TYPES = ("SAMPLER",)
+    DESCRIPTION = "ER-SDE (arXiv 2309.06169) with exact weights, one fused kernel a step."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "solver_type": (list(SOLVERS),),
+                "order": ("INT", {"default": 3, "min": 1, "max": 5, "tooltip": "taylor goes to 3, newton to 5"}),
+                "eta": (
+                    "FLOAT",
+                    {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01, "tooltip": "of Reverse-time SDE alone"},
+                ),
+                "s_noise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}),
+                "method": (["taylor", "newton"], {"tooltip": "the paper's rule, or one of the order's full accuracy"}),
+                "node_scale": (
+                    "FLOAT",
+                    {"default": 0.0, "min": 0.0, "max": 1e6, "step": 0.1, "tooltip": "newton alone; 0 is infinity"},
+                ),
+                "noise": ([TORCH, PORTABLE], {"tooltip": "portable is the same on every machine, for every batch"}),
+                "compatible": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "the images of the built-in er_sde: taylor, ComfyUI's noise"},
+                ),
+            }
+        }
+
+    def get_sampler(self, solver_type, order, eta, s_noise, method, node_scale, noise, compatible):
+        if compatible and (method != "taylor" or noise != TORCH):
+            raise ValueError(f"compatible needs method taylor and {TORCH} noise, got {method} and {noise}")
+        options = {"s_noise": s_noise, "noise_scaler": SOLVERS[solver_type](eta), "max_stage": order, "method": method}
+        options |= {"node_scale": node_scale or math.inf, "portable": noise == PORTABLE, "compatible": compatible}
+        return (comfy.samplers.KSAMPLER(sample_er_sde_fast, options),)
+
+
+def register() -> None:
+    """Puts the sampler into ComfyUI's lists, once."""
+    setattr(k_diffusion_sampling, f"sample_{NAME}", sample_er_sde_fast)
+    for names in (comfy.samplers.KSAMPLER_NAMES, comfy.samplers.SAMPLER_NAMES):
+        if NAME not in names:
+            names.append(NAME)
+
+
+NODE_CLASS_MAPPINGS = {"SamplerERSDEFast": SamplerERSDEFast}
+NODE_DISPLAY_NAME_MAPPINGS = {"SamplerERSDEFast": "SamplerER_SDE (fast)"}
+register()

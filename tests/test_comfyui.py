@@ -1,0 +1,93 @@
+"""The custom nodes of ComfyUI: ComfyUI itself where COMFYUI_CHECKOUT names a checkout, and its recorded runs always."""
+
+import importlib
+import os
+import subprocess
+import sys
+import sysconfig
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from test_reference import denoise, golden_cases, scaler_of, tolerance
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKOUT = os.environ.get("COMFYUI_CHECKOUT")
+# What the sampler does not need: torch is here already, the rest is for the web page, images, sounds and films.
+LEFT_OUT = ("torch", "torchvision", "torchaudio", "comfyui-", "av", "kornia", "spandrel", "PyOpenGL", "comfy-angle")
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="COMFYUI_CHECKOUT names no checkout of ComfyUI")
+def test_comfyui_itself(tmp_path):
+    """In an environment made for it: ComfyUI's requirements over the packages that are here."""
+    lines = Path(CHECKOUT, "requirements.txt").read_text().splitlines()
+    names = [line for line in lines if line and not line.startswith("#") and not is_left_out(line)]
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env" / "lib").glob("*/site-packages")
+    (site / "here.pth").write_text(f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})")
+    subprocess.run([python, "-m", "pip", "install", "-q", *names], check=True)
+    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", ROOT / "tests" / "comfyui_cases.py"]
+    result = subprocess.run(tests, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-3000:]
+
+
+def is_left_out(requirement):
+    name = requirement.split("=")[0].split(">")[0].split("~")[0].strip()
+    return any(name == left or (left.endswith("-") and name.startswith(left)) for left in LEFT_OUT)
+
+
+@pytest.fixture
+def comfyui(monkeypatch):
+    """The node package beside stand-ins for the parts of ComfyUI that it touches."""
+    names = {"comfy": {}, "comfy.k_diffusion": {}, "comfy.k_diffusion.sampling": {}}
+    names["comfy.model_sampling"] = {"CONST": type("CONST", (), {})}
+    names["comfy.samplers"] = {"KSAMPLER_NAMES": ["er_sde"], "SAMPLER_NAMES": ["er_sde"], "KSAMPLER": lambda f, o: (f, o)}
+    for name, members in names.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+        if "." in name:
+            setattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2], module)
+    monkeypatch.delitem(sys.modules, "ersde_fast.integrations.comfyui", raising=False)
+    yield importlib.import_module("ersde_fast.integrations.comfyui")
+    sys.modules.pop("ersde_fast.integrations.comfyui", None)
+
+
+@pytest.mark.parametrize("case", [case for case in golden_cases() if case.values[0]["peer"] == "comfyui"])
+def test_compatible_reproduces_recorded_runs(comfyui, case):
+    """Runs of the built-in sampler: its schedule, its start off sigma 1, its noise, and x after every step."""
+    kinds = (comfyui.comfy.model_sampling.CONST,) if case["process"] == "flow" else ()
+    schedule = type(
+        "ModelSampling", kinds, {"percent_to_sigma": lambda self, percent: case["sigmas"][0] if percent == 1e-4 else None}
+    )()
+    model_patcher = types.SimpleNamespace(get_model_object=lambda name: {"model_sampling": schedule}[name])
+    dtype = getattr(torch, case["dtype"])
+    alphas = dict(zip(case["sigmas"], case["alphas"], strict=True))
+    seen, draws = [], iter([z for z in case["noise"] if z is not None])
+
+    class Model:
+        inner_model = types.SimpleNamespace(model_patcher=model_patcher)
+
+        def __call__(self, x, sigma):
+            s = sigma[0].item()
+            s = min(alphas, key=lambda known: abs(known - s))
+            return denoise(x.double(), s, alphas[s], case["denoiser"]).to(x.dtype)
+
+    result = comfyui.sample_er_sde_fast(
+        Model(),
+        torch.tensor(case["x_init"], dtype=dtype)[None],
+        torch.tensor(case.get("sigmas_in") or case["sigmas"], dtype=torch.float64),
+        callback=lambda d: seen.append(d["x"]),
+        disable=True,
+        s_noise=case["s_noise"],
+        noise_sampler=lambda sigma, sigma_next: torch.tensor(next(draws), dtype=dtype)[None],
+        noise_scaler=scaler_of(case),
+        max_stage=case["order"],
+        compatible=True,
+    )
+    for i, expected in enumerate(case["x_after_step"]):
+        x = (seen[i + 1] if i + 1 < len(seen) else result).double().flatten()
+        expected = torch.tensor(expected, dtype=torch.float64)
+        assert ((x - expected).abs() / expected.abs().clamp(min=1)).max() <= tolerance(case), f"step {i}"
