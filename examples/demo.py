@@ -14,17 +14,11 @@ from tqdm import tqdm
 
 import ersde_fast
 from digits_unet import DigitsUNet, load_digits_unet
+from ersde_fast.integrations.edm import karras_sigmas
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 import rivals  # noqa: E402
-
-
-def karras_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> torch.Tensor:
-    """EDM's noise levels (Karras et al. 2022, equation 5), float64 [num_steps + 1], the last 0."""
-    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
-    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 def image(rows: list[torch.Tensor], scale: int = 3) -> Image.Image:
@@ -98,8 +92,8 @@ def main():
 
     net = load_digits_unet()
     plan = ersde_fast.er_sde_plan(karras_sigmas(20), order=3)
-    classes = torch.arange(DigitsUNet.num_classes)
-    labels = torch.nn.functional.one_hot(classes.repeat_interleave(10), DigitsUNet.num_classes).float()
+    classes = torch.arange(DigitsUNet.label_dim)
+    labels = torch.nn.functional.one_hot(classes.repeat_interleave(10), DigitsUNet.label_dim).float()
     digits, steps, times = sample(net, plan, labels, args.seed)
 
     image(list(digits.split(10))).save(args.out / "digits.png")

@@ -60,7 +60,7 @@ class DigitsUNet(nn.Module):
         sigma_data: standard deviation of the data, of EDM's preconditioning.
     """
 
-    num_classes = 10
+    label_dim = 10
     img_resolution, img_channels = 28, 1
     sigma_min, sigma_max = 0.002, 80.0
 
@@ -69,7 +69,7 @@ class DigitsUNet(nn.Module):
         self.sigma_data = sigma_data
         self.register_buffer("frequencies", torch.exp(torch.linspace(0.0, 5.0, 32)), persistent=False)
         self.embed_noise = nn.Linear(64, emb_channels)
-        self.embed_class = nn.Linear(self.num_classes, emb_channels, bias=False)
+        self.embed_class = nn.Linear(self.label_dim, emb_channels, bias=False)
         self.embed = nn.Linear(emb_channels, emb_channels)
         self.stem = nn.Conv2d(1, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()

@@ -389,7 +389,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             kind = "sample"
         source = self._source(plan, i, sample, generator, variance_noise)
         sample, denoised = fast_step(plan, i, sample, [model_output, *self._history], prediction_type=kind, **source)
-        self._history = [denoised, *self._history[: plan.order - 2]] if plan.order > 1 else []
+        self._history = [denoised, *self._history][: plan.order - 1]
         self._step_index += 1
         return ERSDESchedulerOutput(sample, denoised) if return_dict else (sample, denoised)
 
