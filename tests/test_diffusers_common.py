@@ -32,7 +32,8 @@ if CHECKOUT:
             pass
 
     class TestMultistep(OfDPMSolver):
-        """The tests of DPM-Solver's scheduler; those of its own numbers and of its own kinds of solver say nothing of another."""
+        """The tests of DPM-Solver's scheduler. Those set to None do not apply: they compare with its own numbers (the full loops, and the
+        switch, which compares with a loop's number), or with its own kinds of solver and of last step."""
 
         scheduler_classes = (ERSDEScheduler,)
 
@@ -45,6 +46,5 @@ if CHECKOUT:
         test_full_loop_no_noise = test_full_loop_with_noise = test_full_loop_no_noise_thres = None
         test_full_loop_with_v_prediction = test_full_loop_with_karras_and_v_prediction = None
         test_full_loop_with_lu_and_v_prediction = test_full_loop_with_noise_flow = None
-        test_beta_sigmas = test_exponential_sigmas = None
 
     del SchedulerCommonTest, OfDPMSolver

@@ -1,0 +1,28 @@
+"""The examples run as they stand, and are short enough to read."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+PRINTED = {
+    "with_diffusers.py": r"2 images of 32x32 in 12 evaluations",
+    "with_k_diffusion.py": r"mean 0\.(29|30|31)\d, standard deviation 0\.(49|50)\d",
+    "with_er_sde_solver.py": r"mean 0\.(29|30|31)\d, standard deviation 0\.(48|49|50)\d",
+    "with_edm.py": r"16 images in digits/",
+    "with_serving_engine.py": r"6 requests of 8, 12 and 20 steps in 22 rounds, means \[(0\.\d+, ){5}0\.\d+\]",
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("with_*.py")))
+def test_example(name, tmp_path, monkeypatch, capsys, request):
+    if name == "with_k_diffusion.py":
+        request.getfixturevalue("k_diffusion")
+    path = EXAMPLES / name
+    assert len(path.read_text().splitlines()) <= 30
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert re.search(PRINTED[name], capsys.readouterr().out)
