@@ -41,8 +41,10 @@ lint: env
 test: env $(if $(PYTHON),,lint)
 	$(PY) -m pytest
 
+# RESULTS=bench/results/NAME.json keeps the figures, and puts those of a GPU into the README.
 bench: env
-	$(PY) -m pytest bench
+	$(PY) -m pytest bench $(if $(RESULTS),--benchmark-json=$(RESULTS))
+	$(if $(RESULTS),$(PY) bench/report.py $(RESULTS))
 
 clean:
 	rm -rf $(VENV) build out ersde_fast/*.so ersde_fast/_build_info.py *.egg-info

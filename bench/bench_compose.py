@@ -6,7 +6,7 @@ Each beside what it replaces. Bytes count each tensor of the fused step once.
 import pytest
 import torch
 
-from conftest import DEVICE, measure, synchronize
+from conftest import DEVICE, measure
 from ersde_fast import er_sde_plan, fast_step, stack_plans, step_log_prob
 from ersde_fast.graph import SamplingGraph
 from ersde_fast.noise import seed_table
@@ -35,9 +35,8 @@ def test_host_time(benchmark, shape, name):
     }
     function = functions[name]
     benchmark.group = f"host time, {'x'.join(map(str, shape))}"
-    benchmark.extra_info.update(contender=name, threads=torch.get_num_threads(), torch=torch.__version__)
+    benchmark.extra_info.update(contender=name)
     benchmark.pedantic(function, rounds=50, iterations=1000, warmup_rounds=3)
-    synchronize()
 
 
 def from_output(shape, dtype):
@@ -125,14 +124,26 @@ def test_log_prob(benchmark, shape, name):
     measure(benchmark, name, functions[name], torch.Size(shape).numel())
 
 
-@pytest.mark.parametrize("name", ["captured", "eager"])
+FIXED = ["captured, predictions fixed"] if DEVICE == "cuda" else []
+
+
+@pytest.mark.parametrize("name", ["captured", "eager", *FIXED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", [(1, 4, 64, 64), (1, 16, 128, 128)], ids=lambda s: "x".join(map(str, s)))
-def test_loop_of_20_steps(benchmark, shape, name):
-    """A model that costs one operator; on a CPU both are the same loop."""
-    plan = er_sde_plan(torch.linspace(10, 0, 21))
+def test_loop_of_20_steps(benchmark, shape, dtype, name):
+    """A model that costs one operator (on a CPU both are the same loop), and on a GPU the steps alone."""
+    plan = er_sde_plan(torch.linspace(10, 0.5, 21))
     model = lambda x, sigma: x * 0.5  # noqa: E731
-    x, seeds = torch.randn(shape, device=DEVICE), seed_table(1, shape[0]).to(DEVICE)
-    graph = SamplingGraph(model, plan, shape, device=DEVICE)
+    x, seeds = torch.randn(shape, dtype=dtype, device=DEVICE), seed_table(1, shape[0]).to(DEVICE)
+    graph = SamplingGraph(model, plan, shape, dtype, device=DEVICE)
+
+    def fixed():
+        history, steps = [torch.randn_like(x) for _ in range(3)], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(steps):
+            sample = x
+            for i in range(plan.num_steps):
+                sample = fast_step(plan, i, sample, history, seed=i)
+        return steps.replay
 
     def eager():
         sample, history = x, []
@@ -140,8 +151,9 @@ def test_loop_of_20_steps(benchmark, shape, name):
             sample, denoised = fast_step(plan, i, sample, [model(sample, None), *history], seed=seeds, prediction_type="sample")
             history = [denoised, *history[:1]]
 
-    benchmark.group = f"20 steps and a model of one operator, {'x'.join(map(str, shape))}"
-    measure(benchmark, name, {"captured": lambda: graph(x, seed=seeds), "eager": eager}[name], torch.Size(shape).numel() * 20)
+    benchmark.group = f"20 steps, {str(dtype).removeprefix('torch.')}, {'x'.join(map(str, shape))}"
+    function = fixed() if name in FIXED else {"captured": lambda: graph(x, seed=seeds), "eager": eager}[name]
+    measure(benchmark, name, function, torch.Size(shape).numel() * 20)
 
 
 @pytest.mark.parametrize("name", ["er_sde_plan on the host", "kernel where sigmas lie"])

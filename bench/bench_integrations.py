@@ -1,13 +1,12 @@
 """The scheduler of diffusers beside its nearest relative there: a step, and a pipeline around a small network."""
 
-import time
 from functools import partial
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-from conftest import DEVICE, synchronize
+from conftest import DEVICE, now
 from ersde_fast.integrations.diffusers import ERSDEScheduler
 
 STEPS = 20
@@ -37,7 +36,6 @@ def test_scheduler(benchmark, shape, name):
     def run(timesteps, x):
         for t in timesteps:
             x = scheduler.step(output, t, x, return_dict=False, **arguments)[0]
-        synchronize()
 
     benchmark.pedantic(run, setup=setup, rounds=30, warmup_rounds=3)
 
@@ -55,11 +53,9 @@ def test_pipeline(benchmark, name):
     step, times = pipeline.scheduler.step, []
 
     def timed(*args, **kwargs):
-        synchronize()
-        start = time.perf_counter()
+        start = now()
         result = step(*args, **kwargs)
-        synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
         return result
 
     pipeline.scheduler.step = timed

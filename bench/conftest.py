@@ -1,7 +1,9 @@
-"""Bandwidth of a copy in the same session, and a table of every step beside its rivals and that limit."""
+"""What every benchmark shares: the device, a clock that waits for it, a copy's bandwidth, and a table beside that limit."""
 
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,14 +12,62 @@ import pytest
 import torch
 
 # `python -m pytest` puts the root on the path, where transformers would take kernels/ for Hugging Face's package of that name.
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parents[1]]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LARGE = 1 << 24  # elements
 
 
 def synchronize():
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+def now():
+    """Seconds, when the device has done all it was given."""
+    synchronize()
+    return time.perf_counter()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=now))
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """What a figure depends on, and nothing of the machine's name."""
+    machine_info.clear()
+    machine_info.update(
+        device=device_name(), torch=torch.__version__, threads=torch.get_num_threads(), python=platform.python_version()
+    )
+    if DEVICE == "cuda":
+        import triton
+
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        machine_info.update(driver=driver, cuda=torch.version.cuda, triton=triton.__version__)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Keeps what a figure is made of; ERSDE_FAST_COMMIT names the commit where there is no repository."""
+    commit = os.environ.get("ERSDE_FAST_COMMIT") or output_json["commit_info"].get("id")
+    kept = ("median", "min", "max", "iqr", "rounds", "iterations")
+    rows = [
+        {"group": b["group"], "name": b["name"], **b["extra_info"], **{key: b["stats"][key] for key in kept}}
+        for b in output_json["benchmarks"]
+    ]
+    when = output_json["datetime"]
+    machine = output_json["machine_info"]
+    output_json.clear()
+    output_json.update(commit=commit, datetime=when, machine=machine, benchmarks=rows)
+
+
+def device_name():
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 @pytest.fixture(scope="session")
@@ -46,23 +96,17 @@ def copy_bandwidth():
 
 def measure(benchmark, name, function, numel, streams=0, dtype=torch.float32, copy_bandwidth=None):
     """Runs a contender and notes what it was; with the number of streams it moves, its bytes and a copy's bandwidth too."""
-    benchmark.extra_info.update(
-        contender=name,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine(),
-    )
+    benchmark.extra_info.update(contender=name)
     if streams:
         nbytes = numel * dtype.itemsize
         benchmark.extra_info.update(bytes=streams * nbytes, copy_gb_s=copy_bandwidth(nbytes))
-
-    def run():
+    for _ in range(3):
         function()
-        synchronize()
-
-    benchmark.pedantic(
-        run, rounds=9 if numel > 1 << 24 else 25, iterations=max(1, (1 << 21) // max(numel, 1 << 10)), warmup_rounds=3
-    )
+    start = now()
+    function()
+    once = now() - start
+    rounds = 9 if numel > LARGE else 25
+    benchmark.pedantic(function, rounds=rounds, iterations=max(1 if DEVICE == "cpu" else 4, min(1000, int(4e-3 / once))))
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -91,26 +91,46 @@ struct Words {
   uint32_t x, y, z, w;
 };
 
-ERSDE_FN uint32_t mul_high(uint32_t a, uint32_t b) {
-#ifdef __CUDA_ARCH__
-  return __umulhi(a, b);
-#else
-  return (uint32_t)(((uint64_t)a * b) >> 32);
+// The keys of the ten rounds.
+struct Keys {
+  uint32_t first[10], second[10];
+};
+
+ERSDE_FN Keys keys_of(uint64_t seed) {
+  Keys keys{};
+#ifdef __CUDACC__
+#pragma unroll
 #endif
+  for (uint32_t round = 0; round < 10; ++round) {
+    keys.first[round] = (uint32_t)seed + round * 0x9E3779B9u;
+    keys.second[round] = (uint32_t)(seed >> 32) + round * 0xBB67AE85u;
+  }
+  return keys;
 }
 
-ERSDE_FN Words philox(uint32_t key0, uint32_t key1, Words c) {
+ERSDE_FN Words philox(const Keys& keys, Words c) {
 #ifdef __CUDACC__
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint32_t high0 = mul_high(0xD2511F53u, c.x), low0 = 0xD2511F53u * c.x;
-    const uint32_t high1 = mul_high(0xCD9E8D57u, c.z), low1 = 0xCD9E8D57u * c.z;
-    c = Words{high1 ^ c.y ^ key0, low1, high0 ^ c.w ^ key1, low0};
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    const uint64_t product0 = (uint64_t)0xD2511F53u * c.x, product1 = (uint64_t)0xCD9E8D57u * c.z;
+    c = Words{(uint32_t)(product1 >> 32) ^ c.y ^ keys.first[round], (uint32_t)product1,
+              (uint32_t)(product0 >> 32) ^ c.w ^ keys.second[round], (uint32_t)product0};
   }
   return c;
+}
+
+// The correctly rounded square root of x in [2^-40, 64).
+ERSDE_FN float sqrt_(float x) {
+#ifdef __CUDA_ARCH__
+  // What __fsqrt_rn does in its normal range, without the branch that asks whether x lies in it; compared with it over all x.
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  const float near = __fmul_rn(x, inverse);
+  return __fmaf_rn(__fmaf_rn(-near, near, x), __fmul_rn(inverse, 0.5f), near);
+#else
+  return __builtin_sqrtf(x);
+#endif
 }
 
 // Two normals from two words. |z| <= 6.77; the radius is within 1.3 ulp, cosine 1.6, sine 2.4.
@@ -130,11 +150,7 @@ ERSDE_FN void box_muller(uint32_t a, uint32_t b, float& z0, float& z1) {
   p = fma_(p, f, as_float(0x3F800000u));
   p = fma_(p, f, as_float(0xC0000000u));
   const float square = fma_(p, f, fma_((float)(int32_t)exponent, as_float(0xB4317218u), as_float(0x2B800000u)));
-#ifdef __CUDA_ARCH__
-  const float r = __fsqrt_rn(square);
-#else
-  const float r = __builtin_sqrtf(square);
-#endif
+  const float r = sqrt_(square);
   // angle = pi / 2 * t, t in (-1, 1): an eighth of the circle either way, the rest by the two top bits of b
   const float t = mul_((float)(int32_t)(4u * b + 2u), 2.3283064365386963e-10f);  // 2^-32
   const float q = mul_(t, t);
@@ -160,8 +176,8 @@ ERSDE_FN Words portable_counter(uint64_t group, uint32_t step, uint64_t sample) 
 }
 
 // Normals 4 group ... 4 group + 3 of a sample.
-ERSDE_FN void portable_normals(uint64_t seed, Words counter, float& z0, float& z1, float& z2, float& z3) {
-  const Words w = philox((uint32_t)seed, (uint32_t)(seed >> 32), counter);
+ERSDE_FN void portable_normals(const Keys& keys, Words counter, float& z0, float& z1, float& z2, float& z3) {
+  const Words w = philox(keys, counter);
   box_muller(w.x, w.y, z0, z1);
   box_muller(w.z, w.w, z2, z3);
 }
@@ -179,10 +195,9 @@ ERSDE_FN TorchPlace torch_place(uint64_t e, uint64_t threads, int unroll) {
   return TorchPlace{inside % threads, e / stride, (int)(inside / threads)};
 }
 
-ERSDE_FN Words torch_words(uint64_t seed, uint64_t offset, uint64_t block, uint64_t subsequence) {
+ERSDE_FN Words torch_words(const Keys& keys, uint64_t offset, uint64_t block, uint64_t subsequence) {
   const uint64_t at = offset / 4 + block;
-  return philox((uint32_t)seed, (uint32_t)(seed >> 32),
-                Words{(uint32_t)at, (uint32_t)(at >> 32), (uint32_t)subsequence, (uint32_t)(subsequence >> 32)});
+  return philox(keys, Words{(uint32_t)at, (uint32_t)(at >> 32), (uint32_t)subsequence, (uint32_t)(subsequence >> 32)});
 }
 
 // cuRAND's float32 pair. Left to the compiler's contraction on the device, as in torch's own build: its bits are wanted.
@@ -221,7 +236,7 @@ ERSDE_FN void torch_pair_double(Words w, double& z0, double& z1) {
 // One element of a float32, bfloat16 or float16 tensor.
 ERSDE_FN float torch_normal(uint64_t seed, uint64_t offset, uint64_t threads, uint64_t e) {
   const TorchPlace at = torch_place(e, threads, 4);
-  const Words w = torch_words(seed, offset, at.block, at.subsequence);
+  const Words w = torch_words(keys_of(seed), offset, at.block, at.subsequence);
   float z0, z1;
   torch_pair(at.place < 2 ? w.x : w.z, at.place < 2 ? w.y : w.w, z0, z1);
   return at.place % 2 ? z1 : z0;
@@ -230,6 +245,6 @@ ERSDE_FN float torch_normal(uint64_t seed, uint64_t offset, uint64_t threads, ui
 ERSDE_FN double torch_normal_double(uint64_t seed, uint64_t offset, uint64_t threads, uint64_t e) {
   const TorchPlace at = torch_place(e, threads, 2);
   double z0, z1;
-  torch_pair_double(torch_words(seed, offset, at.block, at.subsequence), z0, z1);
+  torch_pair_double(torch_words(keys_of(seed), offset, at.block, at.subsequence), z0, z1);
   return at.place ? z1 : z0;
 }

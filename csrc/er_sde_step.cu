@@ -20,7 +20,7 @@ namespace {
 #include "er_sde_rows.h"
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 16;  // an H200 is fastest with 16 to 32; with torch's stream, 32
+constexpr int kBlocksPerMultiprocessor = 64;  // fastest on an H200; 16 lose 1 %
 
 template <typename T>
 struct Pack {  // 16 bytes of T
@@ -100,6 +100,16 @@ struct VectorArgs {
 template <int K>
 __device__ __forceinline__ Coefficients<float> coefficients(const VectorArgs& a, int64_t b) {
   return known_to_host(a.rows) ? a.coefficients : coefficients_of<float, K>(a.rows, b);
+}
+
+// The keys of a seed, in registers for a whole loop: without the barrier the compiler adds them up anew for every group.
+__device__ __forceinline__ Keys kept_keys(uint64_t seed) {
+  Keys keys = keys_of(seed);
+#ifdef __CUDA_ARCH__
+#pragma unroll
+  for (int round = 0; round < 10; ++round) asm volatile("" : "+r"(keys.first[round]), "+r"(keys.second[round]));
+#endif
+  return keys;
 }
 
 // The terms of one vector, and the guide behind them.
@@ -196,29 +206,41 @@ __global__ void __launch_bounds__(kThreads) step_vectors(const __grid_constant__
   constexpr int N = Pack<T>::size;
   constexpr bool draws = Source == Noise::portable;
   const uint64_t b = blockIdx.y;
+  let_the_kernel_behind_start();
+  // Where nothing that the noise depends on lies in memory, that of the first vector is drawn while the kernel before this ends;
+  // but eight numbers take longer than what there is to wait for.
+  const bool ahead = draws && N == 4 && known_to_host(a.rows) && !a.drawn.seeds;
+  if (!ahead) wait_for_the_kernel_before();
   const Coefficients<float> c = coefficients<K>(a, (int64_t)b);
   const int slot = Predicts ? ring_slot(a.rows) : 0;
   const uint64_t seed = draws && a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * b] : a.drawn.seed;
   const uint64_t sample = draws && a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * b + 1] : b;
+  const Keys keys = draws ? kept_keys(seed) : Keys{};
   const int64_t vectors = a.size / N, thread = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-  for (int64_t v = thread; v < vectors; v += (int64_t)gridDim.x * kThreads) {
-    const int64_t at = (int64_t)b * vectors + v;
-    const auto loaded = load_vector<K, Predicts>(a, c, slot, at);
-    float z[N] = {};
+  float z[N] = {};
+  const auto draw = [&](int64_t v) {
     if constexpr (draws) {
 #pragma unroll
       for (int g = 0; g < N / 4; ++g) {
-        portable_normals(seed, portable_counter((uint64_t)v * (N / 4) + g, c.counter, sample), z[4 * g], z[4 * g + 1],
+        portable_normals(keys, portable_counter((uint64_t)v * (N / 4) + g, c.counter, sample), z[4 * g], z[4 * g + 1],
                          z[4 * g + 2], z[4 * g + 3]);
       }
     }
+  };
+  if (ahead) {
+    draw(thread);
+    wait_for_the_kernel_before();
+  }
+  for (int64_t v = thread; v < vectors; v += (int64_t)gridDim.x * kThreads) {
+    const int64_t at = (int64_t)b * vectors + v;
+    const auto loaded = load_vector<K, Predicts>(a, c, slot, at);
+    if (!ahead || v != thread) draw(v);
     step_vector<T, K, draws, Predicts>(a, c, loaded, slot, at, z);
   }
   // Fewer than N elements are left over, only where there is one sample.
   const int64_t e = vectors * N + thread;
   if (thread < N && e < a.size) {
-    float z[4] = {};
-    if constexpr (draws) portable_normals(seed, portable_counter((uint64_t)e / 4, c.counter, sample), z[0], z[1], z[2], z[3]);
+    if constexpr (draws) portable_normals(keys, portable_counter((uint64_t)e / 4, c.counter, sample), z[0], z[1], z[2], z[3]);
     step_scalar<T, K, Predicts>(a, c, slot, e, draws, e % 4 == 0 ? z[0] : e % 4 == 1 ? z[1] : e % 4 == 2 ? z[2] : z[3]);
   }
 }
@@ -238,6 +260,7 @@ __device__ __forceinline__ void put_pair(uint32_t (&words)[4], int i, float firs
 
 // Thread blocks that step_vectors_torch keeps on a multiprocessor: as many as take no spills, to hide the loads.
 constexpr int torch_blocks(int terms, bool predicts) {
+  if (!predicts && terms <= 4) return 3;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return terms == 6 || (predicts && terms >= 3) ? 1 : 2;
 #else
@@ -250,6 +273,8 @@ constexpr int torch_blocks(int terms, bool predicts) {
 template <typename T, int K, bool Predicts>
 __global__ void __launch_bounds__(kThreads, torch_blocks(K, Predicts)) step_vectors_torch(const __grid_constant__ VectorArgs a) {
   constexpr int N = Pack<T>::size;
+  let_the_kernel_behind_start();
+  wait_for_the_kernel_before();
   const Coefficients<float> c = coefficients<K>(a, 0);
   const int slot = Predicts ? ring_slot(a.rows) : 0;
   const uint64_t seed = a.drawn.torch_seed_pointer ? (uint64_t)*a.drawn.torch_seed_pointer : a.drawn.seed;
@@ -257,17 +282,18 @@ __global__ void __launch_bounds__(kThreads, torch_blocks(K, Predicts)) step_vect
   const int64_t threads = a.drawn.torch_threads, stride = 4 * threads;
   const int64_t first = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * N;
   if (first >= threads) return;
+  const Keys keys = kept_keys(seed);
 
   uint32_t drawn[4][4];
-  const auto draw = [&](int64_t block) {
+  const auto draw = [&](int64_t block, bool all_places) {
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
-      float z[2][4];
+      float z[2][4] = {};
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const Words w = torch_words(seed, offset, (uint64_t)block, (uint64_t)(first + i + j));
+        const Words w = torch_words(keys, offset, (uint64_t)block, (uint64_t)(first + i + j));
         torch_pair(w.x, w.y, z[j][0], z[j][1]);
-        torch_pair(w.z, w.w, z[j][2], z[j][3]);
+        if (all_places) torch_pair(w.z, w.w, z[j][2], z[j][3]);
       }
 #pragma unroll
       for (int place = 0; place < 4; ++place) put_pair<T>(drawn[place], i, z[0][place], z[1][place]);
@@ -281,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, torch_blocks(K, Predicts)) step_vect
   for (; block < whole; block += gridDim.y) {
     const int64_t at = (block * stride + first) / N, segment = threads / N;
     auto loaded = load_vector<K, Predicts>(a, c, slot, at);
-    draw(block);
+    draw(block, true);
 #pragma unroll
     for (int place = 0; place < 4; ++place) {
       // Where a prediction takes registers of its own, only the first place is loaded ahead.
@@ -293,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, torch_blocks(K, Predicts)) step_vect
     }
   }
   if (block == whole && whole * stride < a.size) {  // the last block of the stream serves fewer elements
-    draw(block);
+    draw(block, a.size - block * stride > 2 * threads);
 #pragma unroll
     for (int place = 0; place < 4; ++place) {
       const int64_t e = block * stride + place * threads + first;
@@ -334,6 +360,8 @@ __device__ __forceinline__ void store_any(char* p, DType t, A v) {
 // Any dtypes, strides and shards: accumulates in A, indices in I (32 bits where the number of elements allows).
 template <typename A, typename I>
 __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant__ StepArgs a) {
+  let_the_kernel_behind_start();
+  wait_for_the_kernel_before();
   Coefficients<A> c = coefficients_of<A, kMaxTerms>(a.rows, 0);
   const bool varies = a.rows.index_stride != 0 || a.rows.scales;
   const bool predicts = a.rows.prediction_column != 0;
@@ -382,7 +410,7 @@ __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant_
         const uint64_t seed = a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * b] : a.drawn.seed;
         const uint64_t sample = a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * b + 1] : (uint64_t)b;
         float z0, z1, z2, z3;
-        portable_normals(seed, portable_counter((uint64_t)position / 4, c.counter, sample), z0, z1, z2, z3);
+        portable_normals(keys_of(seed), portable_counter((uint64_t)position / 4, c.counter, sample), z0, z1, z2, z3);
         const int lane = (int)(position % 4);
         z = (A)(lane == 0 ? z0 : lane == 1 ? z1 : lane == 2 ? z2 : z3);
       } else if (a.out.dtype == DType::float64) {
@@ -423,49 +451,49 @@ bool fits_vectors(const StepArgs& a) {
 }
 
 template <typename T, int K, bool Predicts>
-void launch_vectors(const StepArgs& a, const VectorArgs& v, int multiprocessors, void* stream) {
+void launch_vectors(const StepArgs& a, const VectorArgs& v, const Launch& on) {
   constexpr int N = Pack<T>::size;
-  const int64_t samples = a.batched ? a.sizes[0] : 1, most = (int64_t)multiprocessors * kBlocksPerMultiprocessor;
+  const int64_t samples = a.batched ? a.sizes[0] : 1, most = (int64_t)on.multiprocessors * kBlocksPerMultiprocessor;
   const int64_t wanted = ceil_div(ceil_div(v.size, N), kThreads), each = ceil_div(most, samples);
   const dim3 grid((unsigned)(wanted < each ? wanted : each), (unsigned)samples);
   if (a.drawn.source == Noise::none) {
-    ERSDE_LAUNCH((step_vectors<T, K, Noise::none, Predicts>), grid, dim3(kThreads), stream, v);
+    ERSDE_LAUNCH((step_vectors<T, K, Noise::none, Predicts>), grid, dim3(kThreads), on.stream, v, on.early);
   } else if constexpr (K < kMaxTerms) {
     if (a.drawn.source == Noise::portable) {
-      ERSDE_LAUNCH((step_vectors<T, K, Noise::portable, Predicts>), grid, dim3(kThreads), stream, v);
+      ERSDE_LAUNCH((step_vectors<T, K, Noise::portable, Predicts>), grid, dim3(kThreads), on.stream, v, on.early);
     } else {
       const int64_t across = ceil_div(a.drawn.torch_threads / N, kThreads), blocks = ceil_div(v.size, 4 * a.drawn.torch_threads);
-      const int64_t down = ceil_div(2 * most, across);
+      const int64_t down = ceil_div(most, across);
       const dim3 torch_grid((unsigned)across, (unsigned)(blocks < down ? blocks : down));
-      ERSDE_LAUNCH((step_vectors_torch<T, K, Predicts>), torch_grid, dim3(kThreads), stream, v);
+      ERSDE_LAUNCH((step_vectors_torch<T, K, Predicts>), torch_grid, dim3(kThreads), on.stream, v, on.early);
     }
   }
 }
 
 template <typename T, int K>
-void launch_kind(const StepArgs& a, const VectorArgs& v, int multiprocessors, void* stream) {
+void launch_kind(const StepArgs& a, const VectorArgs& v, const Launch& on) {
   if constexpr (K >= 2) {
-    if (a.rows.prediction_column) return launch_vectors<T, K, true>(a, v, multiprocessors, stream);
+    if (a.rows.prediction_column) return launch_vectors<T, K, true>(a, v, on);
   }
-  launch_vectors<T, K, false>(a, v, multiprocessors, stream);
+  launch_vectors<T, K, false>(a, v, on);
 }
 
 template <typename T>
-void launch_terms(const StepArgs& a, const VectorArgs& v, int multiprocessors, void* stream) {
+void launch_terms(const StepArgs& a, const VectorArgs& v, const Launch& on) {
   switch (a.num_terms) {
-    case 1: return launch_kind<T, 1>(a, v, multiprocessors, stream);
-    case 2: return launch_kind<T, 2>(a, v, multiprocessors, stream);
-    case 3: return launch_kind<T, 3>(a, v, multiprocessors, stream);
-    case 4: return launch_kind<T, 4>(a, v, multiprocessors, stream);
-    case 5: return launch_kind<T, 5>(a, v, multiprocessors, stream);
-    case 6: return launch_kind<T, 6>(a, v, multiprocessors, stream);
-    default: return launch_kind<T, 7>(a, v, multiprocessors, stream);
+    case 1: return launch_kind<T, 1>(a, v, on);
+    case 2: return launch_kind<T, 2>(a, v, on);
+    case 3: return launch_kind<T, 3>(a, v, on);
+    case 4: return launch_kind<T, 4>(a, v, on);
+    case 5: return launch_kind<T, 5>(a, v, on);
+    case 6: return launch_kind<T, 6>(a, v, on);
+    default: return launch_kind<T, 7>(a, v, on);
   }
 }
 
 }  // namespace
 
-const char* step_cuda(const StepArgs& a, int multiprocessors, void* stream) {
+const char* step_cuda(const StepArgs& a, const Launch& on) {
   if (fits_vectors(a)) {
     VectorArgs v{};
     for (int k = 0; k < a.num_terms; ++k) v.terms[k] = a.terms[k].data;
@@ -476,17 +504,17 @@ const char* step_cuda(const StepArgs& a, int multiprocessors, void* stream) {
     v.rows = a.rows;
     v.drawn = a.drawn;
     if (known_to_host(a.rows)) v.coefficients = coefficients_of<float, kMaxTerms>(a.rows, 0);
-    if (a.out.dtype == DType::float32) launch_terms<float>(a, v, multiprocessors, stream);
-    else if (a.out.dtype == DType::bfloat16) launch_terms<__nv_bfloat16>(a, v, multiprocessors, stream);
-    else launch_terms<__half>(a, v, multiprocessors, stream);
+    if (a.out.dtype == DType::float32) launch_terms<float>(a, v, on);
+    else if (a.out.dtype == DType::bfloat16) launch_terms<__nv_bfloat16>(a, v, on);
+    else launch_terms<__half>(a, v, on);
   } else {
-    const int64_t wanted = ceil_div(a.numel, kThreads), most = (int64_t)multiprocessors * kBlocksPerMultiprocessor;
+    const int64_t wanted = ceil_div(a.numel, kThreads), most = (int64_t)on.multiprocessors * kBlocksPerMultiprocessor;
     const dim3 grid((unsigned)(wanted < most ? wanted : most));
     const bool small = a.numel < (int64_t{1} << 32);
-    if (a.float64 && small) ERSDE_LAUNCH((step_elements<double, uint32_t>), grid, dim3(kThreads), stream, a);
-    else if (a.float64) ERSDE_LAUNCH((step_elements<double, uint64_t>), grid, dim3(kThreads), stream, a);
-    else if (small) ERSDE_LAUNCH((step_elements<float, uint32_t>), grid, dim3(kThreads), stream, a);
-    else ERSDE_LAUNCH((step_elements<float, uint64_t>), grid, dim3(kThreads), stream, a);
+    if (a.float64 && small) ERSDE_LAUNCH((step_elements<double, uint32_t>), grid, dim3(kThreads), on.stream, a, on.early);
+    else if (a.float64) ERSDE_LAUNCH((step_elements<double, uint64_t>), grid, dim3(kThreads), on.stream, a, on.early);
+    else if (small) ERSDE_LAUNCH((step_elements<float, uint32_t>), grid, dim3(kThreads), on.stream, a, on.early);
+    else ERSDE_LAUNCH((step_elements<float, uint64_t>), grid, dim3(kThreads), on.stream, a, on.early);
   }
   return launch_error();
 }

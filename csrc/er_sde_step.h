@@ -92,8 +92,15 @@ void step_cpu(const StepArgs& args, int64_t begin, int64_t end);
 // Elements [first, first + n) of what torch.randn draws on a CUDA device, to about 1e-6 (the device's own sine and logarithm).
 void torch_noise_cpu(float* out, uint64_t seed, uint64_t offset, int64_t threads, int64_t first, int64_t n);
 
-// The whole step on the current CUDA device; nullptr, or what the launch said. `stream` is a cudaStream_t.
-const char* step_cuda(const StepArgs& args, int multiprocessors, void* stream);
+// Where a kernel is launched: on a cudaStream_t of a device with that many multiprocessors, early where the device can.
+struct Launch {
+  void* stream;
+  int multiprocessors;
+  bool early;
+};
+
+// The whole step on the current CUDA device; nullptr, or what the launch said.
+const char* step_cuda(const StepArgs& args, const Launch& on);
 
 // Pairs of normals from pairs of words, for tests of words that Philox gives too rarely.
 void box_muller_cpu(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n);

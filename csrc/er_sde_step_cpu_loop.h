@@ -128,12 +128,13 @@ inline void normals_of_groups(float* z, uint64_t seed, uint32_t step, uint64_t s
   constexpr int kGroups = kTile / 4;
   alignas(64) uint32_t words[4][kGroups];
   alignas(64) float normals[4][kGroups];
+  const Keys keys = keys_of(seed);
   const Words first = portable_counter(group, step, sample);
   for (int g = 0; g < count; ++g) {
     Words c = first;
     c.x += (uint32_t)g;
     c.w += (uint32_t)(c.x < first.x) << 24;  // the carry into the group's high bits
-    const Words w = philox((uint32_t)seed, (uint32_t)(seed >> 32), c);
+    const Words w = philox(keys, c);
     words[0][g] = w.x;
     words[1][g] = w.y;
     words[2][g] = w.z;

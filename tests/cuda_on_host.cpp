@@ -39,7 +39,7 @@ void step_cpu(const StepArgs& args, int64_t, int64_t) {
       for (Operand& o : a.terms) o.strides[0] = o.strides[1];
     }
   }
-  step_cuda(a, multiprocessors, nullptr);
+  step_cuda(a, {nullptr, multiprocessors, false});
 }
 
 void plan_cpu(const PlanArgs& args) { plan_cuda(args, nullptr); }

@@ -38,4 +38,4 @@ void run_every_thread(Kernel kernel, dim3 grid, dim3 block, const Args& args) {
     }
   }
 }
-#define ERSDE_LAUNCH(kernel, grid, block, stream, args) ((void)(stream), run_every_thread(kernel, grid, block, args))
+#define ERSDE_LAUNCH(kernel, grid, block, stream, args, ...) ((void)(stream), run_every_thread(kernel, grid, block, args))
