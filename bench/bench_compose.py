@@ -55,6 +55,7 @@ def from_output(shape, dtype):
         denoised = p_x * x + p_m * (unconditional + 3.0 * (output - unconditional))
         return fast_step(PLAN, STEP, x, [denoised, *older], seed=1), denoised
 
+    torch._dynamo.reset()  # it compiles one piece of code a few times only, and then runs it as it stands
     compiled = torch.compile(operators, dynamic=False, options={"fallback_random": True})
     guidance = (unconditional, 3.0)
     return {

@@ -57,6 +57,7 @@ def contender(shape, dtype, order, source, name):
     z = (lambda: [torch.randn_like(x)]) if drawn else (lambda: [noise]) if source == "tensor" else (lambda: [])
 
     def compiled(**options):
+        torch._dynamo.reset()  # it compiles one piece of code a few times only, and then runs it as it stands
         function = torch.compile(drawing if drawn else expression, dynamic=False, **options)
         return lambda: function(*floats, x, *history, *([] if drawn else z()))
 
