@@ -1,8 +1,8 @@
 """The fused step in Triton, for GPUs where the CUDA extension was not built (no nvcc; ROCm; XPU).
 
 The same linear combination with the same noise sources as csrc/er_sde_step.cu, its weights read from the plan's table in the
-memory of the device. A program owns TURNS blocks of BLOCK neighbouring elements of one sample (portable noise: whole groups of
-four), or BLOCK neighbouring subsequences of torch's stream, each of which serves four places `threads` elements apart. Tensors are contiguous
+memory of the device. A program owns BLOCK neighbouring elements of one sample (portable noise: whole groups of four), or BLOCK
+neighbouring subsequences of torch's stream, each of which serves four places `threads` elements apart. Tensors are contiguous
 here: the wrapper copies those that are not.
 """
 
@@ -17,10 +17,8 @@ from torch import Tensor
 from ersde_fast.plan import COLUMNS_BEHIND
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BLOCK = 1024
-TURNS = 8  # blocks that a program owns of a large tensor, so that what it reads first is read for all of them
-MANY = 1 << 22  # elements: enough programs for every multiprocessor with eight blocks each
-OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": False}
+BLOCK = 512
+OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": False, "num_warps": 2}  # eight elements a thread
 NO_NOISE, PORTABLE, TORCH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BEHIND = tl.constexpr(COLUMNS_BEHIND)
 # The interpreter rounds tl.fma twice and has no libdevice.
@@ -176,13 +174,13 @@ def er_sde_step(
     x, h0, h1, h2, h3, h4, guide, noise, out, denoised, seeds, table, plan_index, step_index, scales, size,
     num_plans: "i64", num_steps: "i64", scale: "fp64", torch_seed: "u64", torch_offset: "i64", torch_threads: "i64",
     ORDER: tl.constexpr, GIVEN: tl.constexpr, INDEXED: tl.constexpr, KIND: tl.constexpr, GUIDED: tl.constexpr,
-    HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
+    HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: turns of blocks of a sample times samples, size = elements of a sample; torch's stream: (blocks, turns), size = all elements.
+    """Grid: blocks of a sample times samples, size = elements of a sample; torch's stream: (blocks, turns), size = all elements.
 
     The row: INDEXED 0, the table's first; 1, step_index[0]; 2, [plan_index[b], step_index[b]] for sample b.
     """
-    blocks = tl.cdiv(size, BLOCK * TURNS)
+    blocks = tl.cdiv(size, BLOCK).to(tl.int32)  # the grid has 31 bits; dividing 64 would be most of a small program
     b = tl.program_id(0) // blocks
     if SOURCE == TORCH:
         b = 0
@@ -236,32 +234,29 @@ def er_sde_step(
             combine_and_store(x, h0, h1, h2, h3, h4, guide, noise, out, denoised, e, mask, z, w_x, w0, w1, w2, w3, w4, w_noise,
                               p_x, p_m, p_u, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, True, WIDE)  # fmt: skip
     else:
-        start = (tl.program_id(0) % blocks).to(tl.int64) * (BLOCK * TURNS)
+        first = (tl.program_id(0) - b * blocks).to(tl.int64) * BLOCK
+        inside = first + tl.arange(0, BLOCK)
+        e = b.to(tl.int64) * size + inside
+        z = tl.zeros([BLOCK], tl.float32)
         if SOURCE == PORTABLE:
             seed = tl.load(seeds + 2 * b).to(tl.uint64, bitcast=True)
             sample = tl.load(seeds + 2 * b + 1)
-            counter = tl.load(row + ORDER + 1 + BEHIND, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
-        for turn in range(TURNS):
-            first = start + turn * BLOCK
-            inside = first + tl.arange(0, BLOCK)
-            e = b.to(tl.int64) * size + inside
-            z = tl.zeros([BLOCK], tl.float32)
-            if SOURCE == PORTABLE:
-                group = first // 4 + tl.arange(0, BLOCK // 4)
-                zero = tl.zeros([BLOCK // 4], tl.uint32)
-                r0, r1, r2, r3 = philox(
-                    (seed & 0xFFFFFFFF).to(tl.uint32),
-                    (seed >> 32).to(tl.uint32),
-                    (group & 0xFFFFFFFF).to(tl.uint32),
-                    zero + counter,
-                    zero + (sample & 0xFFFFFFFF).to(tl.uint32),
-                    (((group >> 32) << 24) | (1 << 16) | ((sample >> 32) & 0xFFFF)).to(tl.uint32),
-                )
-                z0, z1 = box_muller(r0, r1)
-                z2, z3 = box_muller(r2, r3)
-                z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-            combine_and_store(x, h0, h1, h2, h3, h4, guide, noise, out, denoised, e, inside < size, z, w_x, w0, w1, w2, w3, w4,
-                              w_noise, p_x, p_m, p_u, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, SOURCE == PORTABLE, WIDE)  # fmt: skip
+            step = tl.load(row + ORDER + 1 + BEHIND, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
+            group = first // 4 + tl.arange(0, BLOCK // 4)
+            zero = tl.zeros([BLOCK // 4], tl.uint32)
+            r0, r1, r2, r3 = philox(
+                (seed & 0xFFFFFFFF).to(tl.uint32),
+                (seed >> 32).to(tl.uint32),
+                (group & 0xFFFFFFFF).to(tl.uint32),
+                zero + step,
+                zero + (sample & 0xFFFFFFFF).to(tl.uint32),
+                (((group >> 32) << 24) | (1 << 16) | ((sample >> 32) & 0xFFFF)).to(tl.uint32),
+            )
+            z0, z1 = box_muller(r0, r1)
+            z2, z3 = box_muller(r2, r3)
+            z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+        combine_and_store(x, h0, h1, h2, h3, h4, guide, noise, out, denoised, e, inside < size, z, w_x, w0, w1, w2, w3, w4, w_noise,
+                          p_x, p_m, p_u, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, SOURCE == PORTABLE, WIDE)  # fmt: skip
 
 
 def step(
@@ -285,7 +280,7 @@ def step(
     history = [d.contiguous() for d in history[:order]]
     own_scale = isinstance(scale, Tensor)
     read = [x, *history, *(t for t in (noise, unconditional) if t is not None)]
-    samples, size, source, seed, offset, threads, turns = 1, x.numel(), NO_NOISE.value, 0, 0, 1, 1
+    samples, size, source, seed, offset, threads = 1, x.numel(), NO_NOISE.value, 0, 0, 1
     if draws and noise is None and seeds is None:
         source = TORCH.value
         seed, offset, threads = take_torch_stream(x, generator)
@@ -295,8 +290,7 @@ def step(
         if source == PORTABLE.value or plan_index is not None or own_scale:
             samples = x.shape[0] if x.dim() else 1
             size //= samples
-        turns = TURNS if x.numel() >= MANY else 1
-        grid = (triton.cdiv(size, BLOCK * turns) * samples,)
+        grid = (triton.cdiv(size, BLOCK) * samples,)
     er_sde_step[grid](
         x.contiguous(), *(history + [x] * 5)[:5], x if unconditional is None else unconditional.contiguous(),
         x if noise is None else noise.contiguous(), result, result if predicted is None else predicted,
@@ -306,7 +300,7 @@ def step(
         seed % 2**64, offset, threads,
         ORDER=order, GIVEN=len(history), INDEXED=0 if step_index is None else 1 if plan_index is None else 2, KIND=kind,
         GUIDED=0 if unconditional is None else 2 if own_scale else 1, HAS_NOISE=noise is not None, SOURCE=source,
-        WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=BLOCK, TURNS=turns, **OPTIONS,
+        WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
     next_sample = next_sample if result is next_sample else next_sample.copy_(result)
     return next_sample if kind < 0 else (next_sample, denoised if predicted is denoised else denoised.copy_(predicted))

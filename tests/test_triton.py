@@ -38,11 +38,11 @@ def test_compiles(target, source, dtype, kind):
     types |= dict.fromkeys(tensors, f"*{dtype}") | {"seeds": "*i64", "table": "*fp64", "scales": "*fp64", "size": "i64"}
     types |= {"plan_index": "*i64", "step_index": "*i64"}
     constants = dict(ORDER=3, GIVEN=3, INDEXED=0 if kind < 0 else 2, KIND=kind, GUIDED=0 if kind < 0 else 2, HAS_NOISE=False)
-    constants |= dict(SOURCE=source.value, WIDE=False, BLOCK=kernel.BLOCK, TURNS=kernel.TURNS)
+    constants |= dict(SOURCE=source.value, WIDE=False, BLOCK=kernel.BLOCK)
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in [*tensors, "size", "torch_threads"]}
     code = ASTSource(fn=kernel.er_sde_step, signature={n: types[n] for n in names}, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(code, target=target, options={"enable_fp_fusion": False})
+    compiled = triton.compile(code, target=target, options=kernel.OPTIONS)
     reads, writes = (4, 1) if kind < 0 else (5, 2)
     if target.backend == "hip":
         loads = [line for line in compiled.asm["amdgcn"].splitlines() if "global_load" in line and "dwordx" in line]
