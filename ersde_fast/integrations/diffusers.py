@@ -239,8 +239,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         self._levels = torch.from_numpy(np.append(levels, last))  # float64
         self.sigmas = self._levels.float()
         whole = np.issubdtype(timesteps.dtype, np.integer)
-        self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device, torch.int64 if whole else torch.float32)
-        self._timesteps = self.timesteps.cpu()
+        self._timesteps = torch.from_numpy(np.ascontiguousarray(timesteps)).to(torch.int64 if whole else torch.float32)
+        self.timesteps = self._timesteps.to(device)
         self._step_index = self._begin_index = None
         self._history: list[Tensor] = []
 
