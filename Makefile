@@ -11,7 +11,7 @@ else
 PY := $(VENV)/bin/python
 endif
 
-.PHONY: env demo test lint bench clean
+.PHONY: env demo test lint bench quality clean
 .DELETE_ON_ERROR:
 
 env: $(if $(PYTHON),build,$(VENV)/done)
@@ -45,6 +45,10 @@ test: env $(if $(PYTHON),,lint)
 bench: env
 	$(PY) -m pytest bench $(if $(RESULTS),--benchmark-json=$(RESULTS))
 	$(if $(RESULTS),$(PY) bench/report.py $(RESULTS))
+
+# Measures what bench/quality/results.json lacks; remove that file to measure all of it anew (a quarter of an hour).
+quality: env
+	$(PY) bench/quality/study.py
 
 clean:
 	rm -rf $(VENV) build out ersde_fast/*.so ersde_fast/_build_info.py *.egg-info

@@ -1,12 +1,9 @@
 """Shared by the tests: which backends run here, and exact arithmetic to hold them to."""
 
-import importlib.util
 import os
 import sys
-import types
 from fractions import Fraction
 from pathlib import Path
-from unittest.mock import MagicMock
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -27,22 +24,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-
-
-@pytest.fixture
-def k_diffusion(monkeypatch):
-    """k-diffusion without torchvision, which its top module imports for the sake of its evaluation code alone."""
-    if importlib.util.find_spec("torchvision") is None:
-        for name in ("torchvision", "torchvision.transforms", "torchvision.datasets"):
-            monkeypatch.setitem(sys.modules, name, MagicMock(__path__=[], __name__=name, __spec__=None))
-    package = types.ModuleType("k_diffusion")
-    package.__path__ = list(importlib.util.find_spec("k_diffusion").submodule_search_locations)
-    monkeypatch.setitem(sys.modules, "k_diffusion", package)
-    for name in ("sampling", "utils", "external"):
-        setattr(package, name, importlib.import_module(f"k_diffusion.{name}"))
-    yield package
-    for name in [name for name in sys.modules if name.startswith("k_diffusion.")]:
-        del sys.modules[name]
 
 
 GPU_BACKENDS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]

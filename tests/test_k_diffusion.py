@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from ersde_fast import sample_er_sde
+from samplers import k_diffusion
 
 MEAN, STD = 0.3, 0.5
 
 
-@pytest.fixture
-def K(k_diffusion):
-    return k_diffusion.sampling
+K = k_diffusion().sampling
 
 
 def gaussian(x, sigma, **kwargs):
@@ -25,7 +24,7 @@ def start(sigmas, batch=64):
 
 
 @pytest.mark.parametrize("noise", ["default", "brownian tree", "brownian trees"])
-def test_samples_the_data(K, noise):
+def test_samples_the_data(noise):
     """Its schedule and its Brownian tree, one or one for each sample: the moments of the data, within five standard errors and what
     20 steps leave; and the same sample again for the same seeds."""
 
@@ -43,7 +42,7 @@ def test_samples_the_data(K, noise):
     assert x.std().item() == pytest.approx(STD, abs=5 * STD / (2 * x.numel()) ** 0.5 + 2e-2)
 
 
-def test_the_tree_ties_step_counts_together(K):
+def test_the_tree_ties_step_counts_together():
     """One Brownian path: runs of more steps come nearer to each other, which fresh noise at every step does not do."""
 
     def run(n, noise_sampler):
@@ -56,16 +55,15 @@ def test_the_tree_ties_step_counts_together(K):
     assert differences[1] < differences[0] < 0.5 * (run(20, None) - run(40, None)).std().item()
 
 
-def test_takes_what_its_samplers_take(K, k_diffusion):
+def test_takes_what_its_samplers_take():
     """Its wrapper of an epsilon network, its schedule, positional arguments, and a callback with the keys that its samplers give."""
-    from k_diffusion.external import DiscreteEpsDDPMDenoiser
 
     class Network(torch.nn.Module):
         def forward(self, x, t, scale):
             return scale * x
 
     cumulated = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
-    model = DiscreteEpsDDPMDenoiser(Network(), cumulated, quantize=False)
+    model = k_diffusion().external.DiscreteEpsDDPMDenoiser(Network(), cumulated, quantize=False)
     model.get_eps = lambda *args, **kwargs: model.inner_model(*args, **kwargs)
     sigmas = model.get_sigmas(10)
     seen = {}

@@ -1,0 +1,135 @@
+"""The samplers of the study: ours by their plans, the rivals from their own packages, all as `run(denoise, x, sigmas, noise)`.
+
+`denoise(x, sigma)` is the model, sigmas [steps + 1] fall to 0, and noise(i) gives the noise of the i-th draw.
+"""
+
+import functools
+import importlib
+import importlib.util
+import itertools
+import sys
+import types
+from unittest import mock
+
+import torch
+from diffusers import DDIMScheduler, SASolverScheduler, UniPCMultistepScheduler
+
+from ersde_fast import er_sde_plan, fast_step
+
+
+@functools.cache
+def k_diffusion():
+    """The package k-diffusion, without the torchvision that its top module imports for its evaluation code."""
+    stubs = ["torchvision", "torchvision.transforms", "torchvision.datasets"]
+    stubs = [] if importlib.util.find_spec("torchvision") else stubs
+    for name in stubs:
+        sys.modules[name] = mock.MagicMock(__path__=[], __name__=name, __spec__=None)
+    package = types.ModuleType("k_diffusion")
+    package.__path__ = list(importlib.util.find_spec("k_diffusion").submodule_search_locations)
+    sys.modules["k_diffusion"] = package
+    for name in ("sampling", "utils", "external"):
+        setattr(package, name, importlib.import_module(f"k_diffusion.{name}"))
+    for name in stubs:
+        del sys.modules[name]
+    return package
+
+
+def ours(**plan):
+    """The plan of these arguments, sigmas falling to 0."""
+
+    def run(denoise, x, sigmas, noise):
+        the_plan, history = er_sde_plan(sigmas, **plan), []
+        for i in range(the_plan.num_steps):
+            history = [denoise(x, sigmas[i].item()), *history[: the_plan.order - 1]]
+            z = noise(i) if the_plan.rows[i].w_noise != 0 else None
+            x = fast_step(the_plan, i, x, history, noise=z)
+        return x
+
+    return run
+
+
+def of_k_diffusion(name, evaluations=1, **arguments):
+    """A sampler of k-diffusion by its name; `evaluations` of the model a step."""
+
+    def run(denoise, x, sigmas, noise):
+        draws = itertools.count()
+        function = getattr(k_diffusion().sampling, name)
+        drawn = {"noise_sampler": lambda sigma, sigma_next: noise(next(draws))}
+        if "s_churn" in arguments or name in ("sample_dpmpp_2m", "sample_heun"):
+            drawn = {}
+        if "s_churn" in arguments:  # draws with torch.randn_like
+            torch.manual_seed(arguments.get("seed", 0))
+        return function(lambda x, sigma: denoise(x, sigma[0].item()), x, sigmas, disable=True, **drawn, **arguments)
+
+    run.evaluations = evaluations
+    return run
+
+
+def of_diffusers(scheduler, **config):
+    """A scheduler of diffusers on the given levels: its model predicts epsilon, its samples are scaled by alpha.
+
+    Its training schedule is made of the levels themselves, one timestep each.
+    """
+
+    def run(denoise, x, sigmas, noise):
+        levels = sigmas[:-1].flip(0)
+        cumulated = 1 / (1 + levels**2)
+        betas = 1 - cumulated / torch.cat([cumulated.new_ones(1), cumulated[:-1]])
+        it = scheduler(num_train_timesteps=len(levels), trained_betas=betas.tolist(), **config)
+        it.set_timesteps(len(levels))
+        if hasattr(it, "sigmas"):
+            it.sigmas = sigmas.float()
+            it.timesteps = torch.arange(len(levels) - 1, -1, -1)
+        sample, draws = x / (1 + sigmas[0] ** 2).sqrt(), itertools.count()
+        with mock.patch(f"{scheduler.__module__}.randn_tensor", lambda shape, **_: noise(next(draws)), create=True):
+            for i, t in enumerate(it.timesteps):
+                sigma = sigmas[i].item()
+                scaled = sample * (1 + sigma**2) ** 0.5
+                denoised = denoise(scaled, sigma)
+                if i == len(it.timesteps) - 1:
+                    return denoised.to(x.dtype)  # what a step to sigma 0 gives; SA-Solver has none
+                sample = it.step((scaled - denoised) / sigma, t, sample).prev_sample
+
+    return run
+
+
+PUBLISHED = {"integration_points": 200}
+SCALERS = ["ode", "reverse_time_sde(0.25)", "reverse_time_sde(0.5)", "sde", "sde_1", "sde_2", "sde_3", "sde_4", "sde_5"]
+
+
+def contenders(std: float) -> dict:
+    """Name to sampler, for data of that standard deviation."""
+    newton = {"method": "newton"}
+    result = {f"published, order {n}": ours(order=n, **PUBLISHED) for n in (1, 2, 3)}
+    result |= {"taylor 3, exact": ours(order=3)}
+    result |= {f"newton {n}": ours(order=n, **newton) for n in (2, 3, 4, 5)}
+    for times in (5, 10, 15, 30):
+        result |= {f"newton {n}, c = {times} std": ours(order=n, node_scale=times * std, **newton) for n in (2, 3, 4)}
+    result |= {
+        f"newton 3, c = 10 std, {scaler}": ours(order=3, node_scale=10 * std, noise_scaler=scaler, **newton)
+        for scaler in SCALERS
+        if scaler != "sde_5"
+    }
+    return result | RIVALS
+
+
+RIVALS = {
+    "DDIM": of_diffusers(DDIMScheduler, clip_sample=False, set_alpha_to_one=True),
+    "DPM-Solver++ 2M": of_k_diffusion("sample_dpmpp_2m"),
+    "UniPC": of_diffusers(UniPCMultistepScheduler, lower_order_final=True),
+    "Heun": of_k_diffusion("sample_heun", evaluations=2),
+    "SDE-DPM-Solver++ 2M": of_k_diffusion("sample_dpmpp_2m_sde", eta=1.0),
+    "SDE-DPM-Solver++ 3M": of_k_diffusion("sample_dpmpp_3m_sde", eta=1.0),
+    "SA-Solver": of_diffusers(SASolverScheduler, tau_func=lambda t: 1.0),
+    "SA-Solver, order 1": of_diffusers(SASolverScheduler, predictor_order=1, corrector_order=1, tau_func=lambda t: 1.0),
+    "Euler ancestral": of_k_diffusion("sample_euler_ancestral"),
+    "EDM stochastic": of_k_diffusion("sample_heun", evaluations=2, s_churn=40.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003),
+}
+STOCHASTIC = [
+    "SDE-DPM-Solver++ 2M",
+    "SDE-DPM-Solver++ 3M",
+    "SA-Solver",
+    "SA-Solver, order 1",
+    "Euler ancestral",
+    "EDM stochastic",
+]
