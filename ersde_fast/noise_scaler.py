@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,13 +40,13 @@ def reverse_time_sde(eta: float) -> NoiseScaler:
     """
     if not (isinstance(eta, (int, float)) and math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be a finite number of at least 0, got {eta!r}")
-    if eta == 0:
-        return NoiseScaler("reverse_time_sde(0)", lambda l, y: torch.zeros_like(l * torch.ones_like(y)), form=(0, 0.0))
-    return NoiseScaler(
-        f"reverse_time_sde({eta:g})",
-        lambda l, y: eta * y.expand(torch.broadcast_shapes(l.shape, y.shape)),
-        form=(0, float(eta)),
-    )
+    return NoiseScaler(f"reverse_time_sde({eta:g})", partial(_power, float(eta)), form=(0, float(eta)))
+
+
+def _power(eta: float, l: Tensor, y: Tensor) -> Tensor:
+    """phi = l^(eta + 1): log(phi / l) grows by eta times the distance."""
+    shape = torch.broadcast_shapes(l.shape, y.shape)
+    return eta * y.expand(shape) if eta else torch.zeros_like(y).expand(shape)  # 0 of an infinite distance too
 
 
 def _sde_1(l: Tensor, y: Tensor) -> Tensor:

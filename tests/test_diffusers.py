@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import diffusers
 import numpy as np
@@ -321,6 +322,18 @@ def test_bad_schedules(config, arguments, message):
 def test_bad_configs(config, message):
     with pytest.raises(ValueError, match=message):
         ERSDEScheduler(**config)
+
+
+def test_copies_in_the_middle_of_a_run():
+    """Deep copies and pickles go on where the original does."""
+    scheduler, x = ERSDEScheduler(seed=1), noise()
+    scheduler.set_timesteps(6)
+    for t in scheduler.timesteps[:3]:
+        x = scheduler.step(0.1 * x, t, x).prev_sample
+    t = scheduler.timesteps[3]
+    copies = [copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))]
+    expected = scheduler.step(0.1 * x, t, x).prev_sample
+    assert all(torch.equal(other.step(0.1 * x, t, x).prev_sample, expected) for other in copies)
 
 
 def test_step_needs_a_schedule():

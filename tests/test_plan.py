@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pickle
 
 import mpmath as mp
 import numpy as np
@@ -331,6 +332,15 @@ def test_the_plan_keeps_a_copy():
     assert plan.sigmas.tolist() == [8, 4, 2]
     with pytest.raises(AttributeError):
         plan.s_noise = 2.0
+
+
+@pytest.mark.parametrize("scaler", ["ode", "sde_5", "reverse_time_sde(0.5)"])
+def test_a_plan_goes_to_another_process(scaler):
+    """Pickled, as workers receive it, it plans and steps as before."""
+    plan = er_sde_plan([9, 5, 2, 0], noise_scaler=scaler)
+    other = pickle.loads(pickle.dumps(plan))
+    assert torch.equal(other.table, plan.table) and other.rows == plan.rows
+    assert torch.equal(other.starting_at(1).table, plan.starting_at(1).table)
 
 
 def test_another_default_device_does_not_matter():
