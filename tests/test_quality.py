@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from ersde_fast import er_sde_plan, fast_step
 from ersde_fast.integrations.edm import karras_sigmas
 from problems import Empirical, Mixture, data_std, digits_mixture, frechet, gaussian_frechet, sliced_wasserstein
 from samplers import RIVALS, of_diffusers, of_k_diffusion, ours
@@ -87,6 +88,20 @@ def test_rivals_converge_to_the_data(name):
     draw = lambda i=None: torch.randn(4000, 3, dtype=torch.float64, generator=g)  # noqa: E731
     x = run(problem.denoise, sigmas[0] * draw(), sigmas, draw)
     assert frechet(x, problem.mean, problem.covariance) < 0.03
+
+
+@pytest.mark.parametrize("rule", [{}, {"method": "newton", "node_scale": 5.0}])
+def test_ve_and_vp_of_one_model_are_one_sampler(rule):
+    """The paper's claim: with x scaled by alpha both give the same samples, for the same noise."""
+    problem, sigmas, g = small_mixture(), karras_sigmas(10, 0.01, 20.0), generator()
+    alphas = torch.rsqrt(1 + sigmas**2)
+    draws = [torch.randn(50, 3, dtype=torch.float64, generator=g) for _ in range(11)]
+    expected = ours(**rule)(problem.denoise, 20 * draws[10], sigmas, draws.__getitem__)
+    plan, x, history = er_sde_plan(sigmas * alphas, alphas, **rule), alphas[0] * 20 * draws[10], []
+    for i in range(10):
+        history = [problem.denoise(x / alphas[i], sigmas[i].item()), *history[:2]]
+        x = fast_step(plan, i, x, history, noise=draws[i])
+    torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_scheduler_of_diffusers_is_the_sampler_of_k_diffusion():

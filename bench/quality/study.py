@@ -6,6 +6,7 @@ python bench/quality/study.py --quick        # a few cells, kept nowhere
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -33,8 +34,15 @@ EVALUATIONS = (5, 6, 8, 10, 15, 20, 35, 50)
 SEEDS = (0, 1, 2)
 SAMPLES = 4000
 PROBLEMS = {"mixture": digits_mixture, "digits": digits_themselves}
-ENDS = {"mixture": (0.01, 40.0), "digits": (0.01, 40.0)}
-ON_DIGITS = [
+ENDS = (0.01, 40.0)
+SPACINGS = {  # of the levels of the mixture, beside Karras et al.'s
+    "even in log-SNR": lambda n: torch.cat(
+        [torch.logspace(*(math.log10(e) for e in ENDS[::-1]), n, dtype=torch.float64), ZERO]
+    ),
+    "Karras, rho 3": lambda n: karras_sigmas(n, *ENDS, rho=3.0),
+}
+ZERO = torch.zeros(1, dtype=torch.float64)
+SOME = [
     "published, order 3", "newton 3", "newton 2, c = 10 std", "newton 3, c = 10 std", "newton 4, c = 15 std", "newton 3, c = 10 std, ode",
     "newton 3, c = 10 std, sde", *RIVALS,
 ]  # fmt: skip
@@ -46,7 +54,7 @@ def steps_of(run, evaluations: int) -> int:
     return evaluations if getattr(run, "evaluations", 1) == 1 else (evaluations + 1) // 2
 
 
-def measure(problem, ends, run, evaluations: int, seed: int, samples: int) -> dict:
+def measure(problem, run, evaluations: int, seed: int, samples: int, spacing=lambda n: karras_sigmas(n, *ENDS)) -> dict:
     """One cell: the distances of the samples' moments and of their projections to the exact ones."""
     g = torch.Generator().manual_seed(1000 + seed)
     shape = (samples, len(problem.mean))
@@ -54,7 +62,7 @@ def measure(problem, ends, run, evaluations: int, seed: int, samples: int) -> di
     if run is None:
         x = problem.sample(samples, g)
     else:
-        sigmas = karras_sigmas(steps_of(run, evaluations), *ends)
+        sigmas = spacing(steps_of(run, evaluations))
         torch.manual_seed(seed)  # the rivals that draw with torch's own generator
         x = run(problem.denoise, sigmas[0] * draw(), sigmas, draw)
     if not x.isfinite().all():
@@ -69,12 +77,20 @@ def cells(names=None):
         problem = make()
         samplers = {FLOOR: None} | contenders(data_std(problem))
         for sampler, run in samplers.items():
-            if name == "digits" and sampler != FLOOR and sampler not in ON_DIGITS:
+            if name == "digits" and sampler != FLOOR and sampler not in SOME:
                 continue
             for n in EVALUATIONS if run is not None else EVALUATIONS[:1]:
                 for seed in SEEDS:
                     key = f"{name} | {sampler} | {n} | {seed}"
-                    yield key, lambda p=problem, e=ENDS[name], r=run, n=n, s=seed: measure(p, e, r, n, s, SAMPLES)
+                    yield key, lambda p=problem, r=run, n=n, s=seed: measure(p, r, n, s, SAMPLES)
+    problem = digits_mixture()
+    samplers = contenders(data_std(problem))
+    for spacing, levels in SPACINGS.items():
+        for sampler in SOME:
+            for n in (8, 10, 20):
+                for seed in SEEDS:
+                    key = f"mixture, {spacing} | {sampler} | {n} | {seed}"
+                    yield key, lambda r=samplers[sampler], n=n, s=seed, v=levels: measure(problem, r, n, s, SAMPLES, v)
     for spectrum, eigenvalues in spectra().items():
         samplers = {
             "published, order 3": ours(integration_points=200),
@@ -150,6 +166,19 @@ def excess_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def spacing_table(results: dict) -> str:
+    """Markdown: Frechet distance on the mixture at 8, 10 and 20 evaluations, by the spacing of the levels."""
+    problems = ["mixture", *(f"mixture, {spacing}" for spacing in SPACINGS)]
+    lines = [
+        f"| evaluations | {' | '.join(f'Karras, rho 7: {n}' if p == 'mixture' else f'{p[9:]}: {n}' for p in problems for n in (8, 10, 20))} |"
+    ]
+    lines.append("|---" * (3 * len(problems) + 1) + "|")
+    for sampler in SOME:
+        values = [number(*over_seeds(results, problem, sampler, n)) for problem in problems for n in (8, 10, 20)]
+        lines.append(f"| {sampler} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def spectrum_table(results: dict) -> str:
     """Markdown: squared Frechet distance a dimension for Gaussian data, no sampling error."""
     lines = [f"| spectrum | sampler | {' | '.join(map(str, EVALUATIONS))} |", "|---" * (len(EVALUATIONS) + 2) + "|"]
@@ -210,6 +239,7 @@ def write(results: dict, page: Path) -> None:
     tables = {
         "mixture": table(results, "mixture"), "excess": excess_table(results), "digits": table(results, "digits"),
         "wasserstein": table(results, "mixture", "wasserstein"), "spectra": spectrum_table(results),
+        "spacings": spacing_table(results),
     }  # fmt: skip
     for name, made in tables.items():
         before, rest = text.split(f"<!-- {name} -->\n", 1)
@@ -225,7 +255,7 @@ def main():
         problem = digits_mixture()
         samplers = contenders(data_std(problem))
         for name in ("published, order 3", "newton 3, c = 10 std", *RIVALS):
-            got = measure(problem, ENDS["mixture"], samplers[name], 8, 0, 1000)
+            got = measure(problem, samplers[name], 8, 0, 1000)
             print(f"{name:28} frechet {got['frechet']:8.3f}  wasserstein {got['wasserstein']:.3f}")
         return
     results = kept()
