@@ -19,6 +19,7 @@ from ..arguments import NUMBER_OF_TYPE
 from ..plan import Plan, er_sde_plan
 from ..reference import prediction
 from ..step import fast_step
+from .edm import karras_sigmas
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "flow"}
 SMALLEST_ALPHA_CUMPROD = 2.0**-24  # stands for 0 at zero terminal SNR, as in diffusers, so that er_lambda stays finite
@@ -317,15 +318,15 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         return levels if shift is None else shift * levels / (1 + (shift - 1) * levels)
 
     def _spaced_between(self, largest: float, smallest: float, n: int) -> np.ndarray:
-        config, ramp = self.config, np.linspace(0, 1, n)
+        config = self.config
         if config.use_karras_sigmas:
-            return (largest ** (1 / 7) + ramp * (smallest ** (1 / 7) - largest ** (1 / 7))) ** 7
+            return karras_sigmas(n, smallest, largest)[:-1].numpy()
         if config.use_beta_sigmas:
             try:
                 from scipy.stats import beta
             except ImportError as error:
                 raise ImportError('use_beta_sigmas needs scipy: pip install "ersde-fast[diffusers]"') from error
-            return smallest + beta.ppf(1 - ramp, 0.6, 0.6) * (largest - smallest)
+            return smallest + beta.ppf(1 - np.linspace(0, 1, n), 0.6, 0.6) * (largest - smallest)
         return np.exp(np.linspace(math.log(largest), math.log(smallest), n))
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
@@ -374,9 +375,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("call set_timesteps before step: it plans the run")
         if self._step_index is None:
             self._step_index = self._index_of(timestep) if self._begin_index is None else self._begin_index
-            self._first_index = self._step_index
             self._run = self._plan.starting_at(self._step_index) if self._step_index else self._plan
-        plan, config, i = self._run, self.config, self._step_index - self._first_index
+        plan, config, i = self._run, self.config, self._step_index - self._run.first_step
         if i >= plan.num_steps:
             raise ValueError(
                 f"step was called {i + 1} times on a run of {plan.num_steps} steps: call set_timesteps before each run"

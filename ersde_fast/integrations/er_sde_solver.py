@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from ..noise_scaler import NOISE_SCALERS
 from ..plan import er_sde_plan
 from ..step import fast_step
 
 PREDICTION_TYPES = {"x_start": "sample", "noise": "epsilon"}
-NUMBERS = {1: "ode", 2: "sde", 3: "sde_1", 4: "sde_2", 5: "sde_3", 6: "sde_4", 7: "sde_5"}
 
 
 class ER_SDE_Solver:
@@ -59,16 +57,16 @@ class ER_SDE_Solver:
         Args:
             eta: of func_type 3, whose phi is `sigma (exp(sigma^(eta - 1) / (eta - 1)) + 10)`.
         """
-        if func_type not in NUMBERS:
-            raise ValueError(f"func_type must be 1 to 7, got {func_type!r}")
-        if func_type == 3:
-            return sigma * (torch.exp(sigma ** (eta - 1) / (eta - 1)) + 10)
         power = {1: 1.0, 2: 2.0, 4: 1.5, 5: 2.5}
         if func_type in power:
             return sigma ** power[func_type]
+        if func_type == 3:
+            return sigma * (torch.exp(sigma ** (eta - 1) / (eta - 1)) + 10)
         if func_type == 6:
             return sigma**0.9 * torch.log10(1 + 100 * sigma**1.5)
-        return sigma * (torch.exp(sigma**0.3) + 10)
+        if func_type == 7:
+            return sigma * (torch.exp(sigma**0.3) + 10)
+        raise ValueError(f"func_type must be 1 to 7, got {func_type!r}")
 
     def ve_1_order(self, model, x, sigmas, times=None, progress=False, randn_like=None, **model_kwargs) -> Tensor:
         """VE, order 1."""
@@ -115,7 +113,7 @@ class ER_SDE_Solver:
             sigmas.cpu() if isinstance(sigmas, Tensor) else sigmas,
             alphas.cpu() if isinstance(alphas, Tensor) else alphas,
             order=order,
-            noise_scaler=NOISE_SCALERS["sde_5"] if named else lambda er_lambda: self.customized_func(er_lambda),
+            noise_scaler="sde_5" if named else self.customized_func,
             integration_points=self.integration_points,
         )
         times = torch.as_tensor(sigmas if times is None else times)
