@@ -9,7 +9,16 @@ import torch
 
 from ersde_fast import er_sde_plan, fast_step
 from ersde_fast.integrations.edm import karras_sigmas
-from problems import Empirical, Mixture, data_std, digits_mixture, frechet, gaussian_frechet, sliced_wasserstein
+from problems import (
+    Empirical,
+    Mixture,
+    data_std,
+    digits_mixture,
+    frechet,
+    gaussian_frechet,
+    gaussian_variance,
+    sliced_wasserstein,
+)
 from samplers import RIVALS, of_diffusers, of_k_diffusion, ours
 
 
@@ -71,10 +80,7 @@ def test_responses_give_the_variance_that_samples_have(name):
     denoise = lambda x, sigma: eigenvalues / (eigenvalues + sigma**2) * x  # noqa: E731
     draw = lambda i=None: torch.randn(4000, 200, dtype=torch.float64, generator=g)  # noqa: E731
     drawn = run(denoise, sigmas[0] * draw(), sigmas, draw).square().mean(0)
-    zero, one = torch.zeros(1, 200, dtype=torch.float64), torch.ones(1, 200, dtype=torch.float64)
-    exact = run(denoise, sigmas[0] * one, sigmas, lambda i: zero) ** 2
-    for step in range(7):
-        exact += run(denoise, zero, sigmas, lambda i, step=step: one if i == step else zero) ** 2
+    exact = gaussian_variance(run, sigmas, eigenvalues)
     assert ((drawn / exact - 1).abs() < 5 * math.sqrt(2 / 4000)).all()
     expected = (exact.sqrt() - eigenvalues.sqrt()).square().mean().item()
     assert gaussian_frechet(run, sigmas, eigenvalues) == pytest.approx(expected)

@@ -103,11 +103,11 @@ def spectra() -> dict[str, Tensor]:
     return {name: k**-power / (k**-power).mean() * 0.25 for name, power in powers.items()}
 
 
-def gaussian_frechet(run, sigmas: Tensor, eigenvalues: Tensor) -> float:
-    """Squared Frechet distance a dimension of a sampler's result to Gaussian data, without drawing a sample.
+def gaussian_variance(run, sigmas: Tensor, eigenvalues: Tensor) -> Tensor:
+    """Variance of a sampler's result along each eigen-direction of Gaussian data, [1, d], without drawing a sample.
 
-    Every eigen-direction is a scalar linear recursion, so the variance of the result is the sum of the squares of its responses to
-    the start and to the noise of each step.
+    Every direction is a scalar linear recursion, so the variance is the sum of the squares of the responses to the start and to the
+    noise of each step.
 
     Args:
         run: `run(denoise, x, sigmas, noise)`, where noise(i) is that of the i-th draw.
@@ -117,4 +117,9 @@ def gaussian_frechet(run, sigmas: Tensor, eigenvalues: Tensor) -> float:
     variance = run(denoise, sigmas[0] * one, sigmas, lambda i: zero) ** 2
     for step in range(len(sigmas) - 1):
         variance = variance + run(denoise, zero, sigmas, lambda i, step=step: one if i == step else zero) ** 2
-    return (variance.sqrt() - eigenvalues.sqrt()).square().mean().item()
+    return variance
+
+
+def gaussian_frechet(run, sigmas: Tensor, eigenvalues: Tensor) -> float:
+    """Squared Frechet distance a dimension of a sampler's result to Gaussian data."""
+    return (gaussian_variance(run, sigmas, eigenvalues).sqrt() - eigenvalues.sqrt()).square().mean().item()

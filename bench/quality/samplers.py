@@ -6,6 +6,7 @@
 import functools
 import importlib
 import importlib.util
+import inspect
 import itertools
 import sys
 import types
@@ -14,7 +15,7 @@ from unittest import mock
 import torch
 from diffusers import DDIMScheduler, SASolverScheduler, UniPCMultistepScheduler
 
-from ersde_fast import er_sde_plan, fast_step
+from ersde_fast import sample_er_sde
 
 
 @functools.cache
@@ -34,35 +35,29 @@ def k_diffusion():
     return package
 
 
-def ours(**plan):
-    """The plan of these arguments, sigmas falling to 0."""
-
-    def run(denoise, x, sigmas, noise):
-        the_plan, history = er_sde_plan(sigmas, **plan), []
-        for i in range(the_plan.num_steps):
-            history = [denoise(x, sigmas[i].item()), *history[: the_plan.order - 1]]
-            z = noise(i) if the_plan.rows[i].w_noise != 0 else None
-            x = fast_step(the_plan, i, x, history, noise=z)
-        return x
-
-    return run
-
-
-def of_k_diffusion(name, evaluations=1, **arguments):
-    """A sampler of k-diffusion by its name; `evaluations` of the model a step."""
+def as_k_diffusion(function, evaluations=1, **arguments):
+    """A sampler with k-diffusion's arguments, such as ours; `evaluations` of the model a step."""
 
     def run(denoise, x, sigmas, noise):
         draws = itertools.count()
-        function = getattr(k_diffusion().sampling, name)
-        drawn = {"noise_sampler": lambda sigma, sigma_next: noise(next(draws))}
-        if "s_churn" in arguments or name in ("sample_dpmpp_2m", "sample_heun"):
-            drawn = {}
-        if "s_churn" in arguments:  # draws with torch.randn_like
-            torch.manual_seed(arguments.get("seed", 0))
-        return function(lambda x, sigma: denoise(x, sigma[0].item()), x, sigmas, disable=True, **drawn, **arguments)
+        draw = lambda *_: noise(next(draws))  # noqa: E731
+        takes_noise = "noise_sampler" in inspect.signature(function).parameters
+        drawn = {"noise_sampler": draw} if takes_noise else {}
+        with mock.patch("torch.randn_like", draw):  # what those without the argument draw with
+            return function(lambda x, sigma: denoise(x, sigma[0].item()), x, sigmas, disable=True, **drawn, **arguments)
 
     run.evaluations = evaluations
     return run
+
+
+def ours(**arguments):
+    """`sample_er_sde` with these arguments."""
+    return as_k_diffusion(sample_er_sde, **arguments)
+
+
+def of_k_diffusion(name, evaluations=1, **arguments):
+    """A sampler of k-diffusion by its name."""
+    return as_k_diffusion(getattr(k_diffusion().sampling, name), evaluations, **arguments)
 
 
 def of_diffusers(scheduler, **config):
@@ -100,13 +95,13 @@ SCALERS = ["ode", "reverse_time_sde(0.25)", "reverse_time_sde(0.5)", "sde", "sde
 def contenders(std: float) -> dict:
     """Name to sampler, for data of that standard deviation."""
     newton = {"method": "newton"}
-    result = {f"published, order {n}": ours(order=n, **PUBLISHED) for n in (1, 2, 3)}
-    result |= {"taylor 3, exact": ours(order=3)}
-    result |= {f"newton {n}": ours(order=n, **newton) for n in (2, 3, 4, 5)}
+    result = {f"published, order {n}": ours(max_stage=n, **PUBLISHED) for n in (1, 2, 3)}
+    result |= {"taylor 3, exact": ours(max_stage=3)}
+    result |= {f"newton {n}": ours(max_stage=n, **newton) for n in (2, 3, 4, 5)}
     for times in (5, 10, 15, 30):
-        result |= {f"newton {n}, c = {times} std": ours(order=n, node_scale=times * std, **newton) for n in (2, 3, 4)}
+        result |= {f"newton {n}, c = {times} std": ours(max_stage=n, node_scale=times * std, **newton) for n in (2, 3, 4)}
     result |= {
-        f"newton 3, c = 10 std, {scaler}": ours(order=3, node_scale=10 * std, noise_scaler=scaler, **newton)
+        f"newton 3, c = 10 std, {scaler}": ours(max_stage=3, node_scale=10 * std, noise_scaler=scaler, **newton)
         for scaler in SCALERS
         if scaler != "sde_5"
     }

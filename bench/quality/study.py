@@ -8,17 +8,13 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]  # kernels/ is not Hugging Face's package of that name
+import torch
+from tqdm import tqdm
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from ersde_fast.integrations.edm import karras_sigmas  # noqa: E402
-from problems import (  # noqa: E402
+from ersde_fast.integrations.edm import karras_sigmas
+from problems import (
     data_std,
     digits_mixture,
     digits_themselves,
@@ -27,21 +23,22 @@ from problems import (  # noqa: E402
     sliced_wasserstein,
     spectra,
 )  # fmt: skip
-from samplers import RIVALS, STOCHASTIC, contenders, ours  # noqa: E402
+from samplers import RIVALS, STOCHASTIC, contenders, ours
 
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
 EVALUATIONS = (5, 6, 8, 10, 15, 20, 35, 50)
 SEEDS = (0, 1, 2)
 SAMPLES = 4000
 PROBLEMS = {"mixture": digits_mixture, "digits": digits_themselves}
 ENDS = (0.01, 40.0)
+ZERO = torch.zeros(1, dtype=torch.float64)
 SPACINGS = {  # of the levels of the mixture, beside Karras et al.'s
     "even in log-SNR": lambda n: torch.cat(
         [torch.logspace(*(math.log10(e) for e in ENDS[::-1]), n, dtype=torch.float64), ZERO]
     ),
     "Karras, rho 3": lambda n: karras_sigmas(n, *ENDS, rho=3.0),
 }
-ZERO = torch.zeros(1, dtype=torch.float64)
 SOME = [
     "published, order 3", "newton 3", "newton 2, c = 10 std", "newton 3, c = 10 std", "newton 4, c = 15 std", "newton 3, c = 10 std, ode",
     "newton 3, c = 10 std, sde", *RIVALS,
@@ -51,7 +48,7 @@ FLOOR = "exact samples"
 
 def steps_of(run, evaluations: int) -> int:
     """Steps that a sampler makes with so many evaluations of the model; those with two a step make one at the last."""
-    return evaluations if getattr(run, "evaluations", 1) == 1 else (evaluations + 1) // 2
+    return math.ceil(evaluations / getattr(run, "evaluations", 1))
 
 
 def measure(problem, run, evaluations: int, seed: int, samples: int, spacing=lambda n: karras_sigmas(n, *ENDS)) -> dict:
@@ -63,7 +60,6 @@ def measure(problem, run, evaluations: int, seed: int, samples: int, spacing=lam
         x = problem.sample(samples, g)
     else:
         sigmas = spacing(steps_of(run, evaluations))
-        torch.manual_seed(seed)  # the rivals that draw with torch's own generator
         x = run(problem.denoise, sigmas[0] * draw(), sigmas, draw)
     if not x.isfinite().all():
         return {"frechet": float("inf"), "wasserstein": float("inf")}
@@ -71,7 +67,7 @@ def measure(problem, run, evaluations: int, seed: int, samples: int, spacing=lam
     return {"frechet": frechet(x, problem.mean, problem.covariance), "wasserstein": sliced_wasserstein(x, exact)}
 
 
-def cells(names=None):
+def cells():
     """(key, function that measures it) of the whole study."""
     for name, make in PROBLEMS.items():
         problem = make()
@@ -160,8 +156,8 @@ def excess_table(results: dict) -> str:
     for sampler in chosen:
         shares = []
         for n in few:
-            ours = over_seeds(results, "mixture", sampler, n)[0] - least
-            shares.append(f"{ours / (over_seeds(results, 'mixture', 'published, order 3', n)[0] - least):.2f}")
+            excess = over_seeds(results, "mixture", sampler, n)[0] - least
+            shares.append(f"{excess / (over_seeds(results, 'mixture', 'published, order 3', n)[0] - least):.2f}")
         lines.append(f"| {sampler} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
