@@ -7,6 +7,7 @@ from .noise_scaler import reverse_time_sde
 from .plan import Plan, PlanStack, er_sde_plan, stack_plans
 from .reference import reference_step
 from .sample import sample_er_sde
+from .schedule import place_sigmas
 from .step import fast_step
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "available_backends",
     "er_sde_plan",
     "fast_step",
+    "place_sigmas",
     "portable_noise",
     "reference_step",
     "reverse_time_sde",

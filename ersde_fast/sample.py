@@ -1,6 +1,5 @@
 """`sample_er_sde`: the sampling loop, with the arguments and conventions of k-diffusion's and ComfyUI's samplers."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -26,8 +25,8 @@ def sample_er_sde(
     max_stage: int = 3,
     *,
     process: str = "ve",
-    method: str = "taylor",
-    node_scale: float = math.inf,
+    method: str | None = None,
+    node_scale: float | None = None,
     integration_points: int | None = None,
     generator: torch.Generator | None = None,
     seed=None,

@@ -315,8 +315,8 @@ def test_bad_schedules(config, arguments, message):
         ({"timestep_spacing": "even"}, "timestep_spacing must be"),
         ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of"),
         ({"noise_scaler": "sde_9"}, "noise_scaler must be one of"),
-        ({"solver_order": 4}, "order must be 1 to 3"),
-        ({"node_scale": 5.0}, 'node_scale needs method="newton"'),
+        ({"solver_order": 6}, "order must be 1 to 5"),
+        ({"method": "taylor", "node_scale": 5.0}, 'node_scale needs method="newton"'),
     ],
 )
 def test_bad_configs(config, message):

@@ -281,6 +281,18 @@ def test_repeated_sigma_is_an_identity_step():
     assert er_sde_plan([1.0, 0, 0]).weights[1].tolist() == [1, 0, 0, 0, 0]
 
 
+def test_defaults():
+    """Nothing named: newton in a variable that saturates; a method or its points named: the contract of that method."""
+    default = er_sde_plan([9, 7, 5, 3, 2])
+    assert (default.method, default.node_scale, default.order, default.noise_scaler.name) == ("newton", 10.0, 3, "sde_5")
+    named = er_sde_plan([9, 7, 5, 3, 2], method="newton", node_scale=10.0)
+    assert torch.equal(default.weights, named.weights)
+    for options in ({"method": "newton"}, {"method": "taylor"}, {"integration_points": 7}):
+        plan = er_sde_plan([9, 7, 5, 3, 2], **options)
+        assert (plan.method, plan.node_scale) == (options.get("method", "taylor"), math.inf)
+    assert er_sde_plan([9, 7, 5, 3, 2], node_scale=4.0).method == "newton"
+
+
 def test_order_for_each_step():
     plan = er_sde_plan([9, 7, 5, 3, 2], order=[1, 2, 3, 1])
     assert plan.order == 3 and plan.orders == (1, 2, 3, 1)
@@ -419,11 +431,11 @@ def test_a_stack_of_what_is_no_plan(plans):
         (dict(alphas=[1, 1]), ValueError, r"alphas must have the length of sigmas, 3, got 2"),
         (dict(alphas=[1, -1, 1]), ValueError, r"alphas must be finite and at least 0, got alphas\[1\] = -1"),
         (dict(sigmas=[2, 1, 0], alphas=[1, 1, 0]), ValueError, r"must not both be 0, as at index 2"),
-        (dict(order=0), ValueError, r'order must be 1 to 3 for method="taylor", got 0'),
-        (dict(order=4), ValueError, r'order must be 1 to 3 for method="taylor", got 4'),
+        (dict(order=0), ValueError, r'order must be 1 to 5 for method="newton", got 0'),
+        (dict(order=4, method="taylor"), ValueError, r'order must be 1 to 3 for method="taylor", got 4'),
         (dict(order=6, method="newton"), ValueError, r'order must be 1 to 5 for method="newton", got 6'),
         (dict(order=[1, 2, 3]), ValueError, r"one number or 2, one for each step, got 3"),
-        (dict(order=[1, 4]), ValueError, r"got 4 at step 1"),
+        (dict(order=[1, 6]), ValueError, r"got 6 at step 1"),
         (dict(order=2.0), TypeError, r"order must be a whole number"),
         (dict(order=True), TypeError, r"order must be a whole number"),
         (dict(noise_scaler="sde_6"), ValueError, r"noise_scaler must be one of ode, sde, .* got 'sde_6'"),
@@ -437,8 +449,8 @@ def test_a_stack_of_what_is_no_plan(plans):
         (dict(noise_scaler=lambda l: l.sum()), TypeError, r"must map a tensor elementwise"),
         (dict(sigmas=[1, 0.5], process="flow", noise_scaler="sde_4"), ValueError, r"no limit at er_lambda = inf.*sigmas\[0\] < 1"),
         (dict(sigmas=[1, 0.5], process="flow", noise_scaler=lambda l: l**2), ValueError, r"no limit .*sigmas\[0\] < 1"),
-        (dict(method="euler"), ValueError, r'method must be "taylor" or "newton", got \'euler\''),
-        (dict(node_scale=5.0), ValueError, r'node_scale needs method="newton"'),
+        (dict(method="euler"), ValueError, r'method must be None, "newton" or "taylor", got \'euler\''),
+        (dict(method="taylor", node_scale=5.0), ValueError, r'node_scale needs method="newton"'),
         (dict(node_scale=0.0, method="newton"), ValueError, r"node_scale must be a positive number or inf, got 0.0"),
         (dict(node_scale=math.nan, method="newton"), ValueError, r"node_scale must be a positive number"),
         (dict(integration_points=100, method="newton"), ValueError, r'integration_points needs method="taylor"'),

@@ -110,7 +110,8 @@ def test_options_reach_the_plan():
     default = sample_er_sde(gaussian_model, x, SIGMAS, **draw)
     for options in (
         dict(method="newton"),
-        dict(method="newton", node_scale=4.0),
+        dict(method="taylor"),
+        dict(node_scale=4.0),
         dict(integration_points=3),
         dict(max_stage=1),
     ):

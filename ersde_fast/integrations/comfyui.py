@@ -17,6 +17,7 @@ except ImportError as error:
     raise ImportError("ersde_fast.integrations.comfyui is a custom node package: it is imported by ComfyUI alone") from error
 
 from ersde_fast.noise_scaler import reverse_time_sde
+from ersde_fast.plan import NODE_SCALE
 from ersde_fast.sample import sample_er_sde
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
@@ -39,8 +40,8 @@ def sample_er_sde_fast(
     noise_sampler=None,
     noise_scaler=None,
     max_stage: int = 3,
-    method: str = "taylor",
-    node_scale: float = math.inf,
+    method: str | None = None,
+    node_scale: float | None = None,
     portable: bool = False,
     compatible: bool = False,
 ) -> Tensor:
@@ -87,30 +88,35 @@ class SamplerERSDEFast:
         return {
             "required": {
                 "solver_type": (list(SOLVERS),),
-                "order": ("INT", {"default": 3, "min": 1, "max": 5, "tooltip": "taylor goes to 3, newton to 5"}),
+                "order": ("INT", {"default": 3, "min": 1, "max": 5, "tooltip": "newton goes to 5, taylor to 3"}),
                 "eta": (
                     "FLOAT",
                     {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01, "tooltip": "of Reverse-time SDE alone"},
                 ),
                 "s_noise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}),
-                "method": (["taylor", "newton"], {"tooltip": "the paper's rule, or one of the order's full accuracy"}),
+                "method": (["newton", "taylor"], {"tooltip": "the order's full accuracy, or the paper's rule"}),
                 "node_scale": (
                     "FLOAT",
-                    {"default": 0.0, "min": 0.0, "max": 1e6, "step": 0.1, "tooltip": "newton alone; 0 is infinity"},
+                    {"default": NODE_SCALE, "min": 0.0, "max": 1e6, "step": 0.1, "tooltip": "newton alone; 0 is infinity"},
                 ),
                 "noise": ([TORCH, PORTABLE], {"tooltip": "portable is the same on every machine, for every batch"}),
                 "compatible": (
                     "BOOLEAN",
-                    {"default": False, "tooltip": "the images of the built-in er_sde: taylor, ComfyUI's noise"},
+                    {
+                        "default": False,
+                        "tooltip": "the images of the built-in er_sde: its rule in the place of method and node_scale",
+                    },
                 ),
             }
         }
 
     def get_sampler(self, solver_type, order, eta, s_noise, method, node_scale, noise, compatible):
-        if compatible and (method != "taylor" or noise != TORCH):
-            raise ValueError(f"compatible needs method taylor and {TORCH} noise, got {method} and {noise}")
-        options = {"s_noise": s_noise, "noise_scaler": SOLVERS[solver_type](eta), "max_stage": order, "method": method}
-        options |= {"node_scale": node_scale or math.inf, "portable": noise == PORTABLE, "compatible": compatible}
+        if compatible and noise != TORCH:
+            raise ValueError(f"compatible needs {TORCH} noise, got {noise}")
+        options = {"s_noise": s_noise, "noise_scaler": SOLVERS[solver_type](eta), "max_stage": order}
+        options |= {"portable": noise == PORTABLE, "compatible": compatible}
+        if not compatible:
+            options |= {"method": method, "node_scale": (node_scale or math.inf) if method == "newton" else None}
         return (comfy.samplers.KSAMPLER(sample_er_sde_fast, options),)
 
 

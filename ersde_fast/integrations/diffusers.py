@@ -50,8 +50,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             "squaredcos_cap_v2", "sigmoid", or the betas themselves.
         rescale_betas_zero_snr: rescales the betas to zero terminal SNR (arXiv 2305.08891).
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction", which makes the schedule a flow: alpha = 1 - sigma.
-        solver_order: 1 to 3 ("taylor") or 1 to 5 ("newton").
-        noise_scaler, method, node_scale, integration_points, s_noise: see `ersde_fast.er_sde_plan`; node_scale None is inf.
+        solver_order: 1 to 5 ("newton") or 1 to 3 ("taylor").
+        noise_scaler, method, node_scale, integration_points, s_noise: see `ersde_fast.er_sde_plan`.
             With a stochastic noise_scaler a flow run from sigma 1 forgets its initial latent except through the first prediction.
         lower_order_final: order 2 before the last step (which has order 1 where the schedule ends at 0).
         seed: the noise of runs without a generator: Flux, SD3, Z-Image, Qwen and Wan pass none to `step`. A number, or one
@@ -92,7 +92,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         solver_order: int = 3,
         noise_scaler: str = "sde_5",
-        method: str = "taylor",
+        method: str | None = None,
         node_scale: float | None = None,
         integration_points: int | None = None,
         s_noise: float = 1.0,
@@ -254,8 +254,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         alphas, sigmas = self._alphas_sigmas(levels)
         return er_sde_plan(
             sigmas, alphas, order=order, noise_scaler=config.noise_scaler, method=config.method,
-            node_scale=math.inf if config.node_scale is None else config.node_scale,
-            integration_points=config.integration_points, s_noise=config.s_noise,
+            node_scale=config.node_scale, integration_points=config.integration_points, s_noise=config.s_noise,
         )  # fmt: skip
 
     def _alphas_sigmas(self, levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ Every image belongs to its seed alone: the same in any batch, order and number o
 import argparse
 import importlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,8 +50,8 @@ def er_sde_sampler(
     seed=None,
     max_stage: int = 3,
     noise_scaler=None,
-    method: str = "taylor",
-    node_scale: float = math.inf,
+    method: str | None = None,
+    node_scale: float | None = None,
     s_noise: float = 1.0,
 ) -> Tensor:
     """In the place of EDM's `edm_sampler`, with its arguments.
@@ -174,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rho", type=float, default=7.0)
     parser.add_argument("--order", type=int, default=3)
     parser.add_argument("--noise_scaler", default="sde_5")
-    parser.add_argument("--method", choices=["taylor", "newton"], default="taylor")
-    parser.add_argument("--node_scale", type=float, default=math.inf)
+    parser.add_argument("--method", choices=["newton", "taylor"])
+    parser.add_argument("--node_scale", type=float)
     args = parser.parse_args(arguments)
 
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -114,6 +114,7 @@ class ER_SDE_Solver:
             alphas.cpu() if isinstance(alphas, Tensor) else alphas,
             order=order,
             noise_scaler="sde_5" if named else self.customized_func,
+            method="taylor",
             integration_points=self.integration_points,
         )
         times = torch.as_tensor(sigmas if times is None else times)

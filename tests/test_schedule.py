@@ -1,0 +1,89 @@
+"""Levels placed by the local error: their ends, what they gain where the error is known, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from ersde_fast import place_sigmas
+from ersde_fast.integrations.edm import karras_sigmas
+from problems import gaussian_frechet
+from samplers import ours
+
+STD = 0.5
+
+
+def model(x, sigma):
+    """The exact denoiser of data N(0, STD^2)."""
+    return x * (STD**2 / (STD**2 + sigma.view(-1, *[1] * (x.dim() - 1)) ** 2))
+
+
+def start(sigma=80.0, dtype=torch.float64):
+    return sigma * torch.randn(20, 8, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 20])
+@pytest.mark.parametrize("of", [lambda s: s, lambda s: s.float(), lambda s: s.tolist(), lambda s: s.numpy()])
+def test_ends_are_the_pilots(num_steps, of):
+    pilot = karras_sigmas(40)
+    placed = place_sigmas(model, start(), of(pilot), num_steps)
+    assert placed.dtype == torch.float64 and len(placed) == num_steps + 1
+    assert placed[0] == of(pilot)[0] and placed[-2] == of(pilot)[-2] and placed[-1] == 0
+    assert (placed.diff() < 0).all()
+
+
+def test_a_pilot_that_does_not_end_at_zero():
+    placed = place_sigmas(model, start(), karras_sigmas(40)[:-1], 8)
+    assert len(placed) == 9 and placed[-1] == karras_sigmas(40)[-2] and (placed.diff() < 0).all()
+
+
+@pytest.mark.parametrize("num_steps", [5, 6, 8, 10])
+def test_the_error_is_smaller_than_on_the_pilots_spacing(num_steps):
+    values = torch.tensor([STD**2], dtype=torch.float64)
+    placed = place_sigmas(model, start(), karras_sigmas(50), num_steps)
+    assert gaussian_frechet(ours(), placed, values) < 0.5 * gaussian_frechet(ours(), karras_sigmas(num_steps), values)
+
+
+@pytest.mark.parametrize("process", ["vp", "flow"])
+def test_every_process_of_one_model_has_the_same_levels(process):
+    """In er_lambda; the interpolation between the pilot's levels is in another variable: a fiftieth at 200 of them."""
+    levels = karras_sigmas(200, 0.01, 40.0)
+    expected = place_sigmas(model, start(40.0), levels, 8)
+    alphas = torch.rsqrt(1 + levels**2) if process == "vp" else 1 / (1 + levels)
+
+    def scaled(x, sigma):
+        alpha = (1 - sigma**2).sqrt() if process == "vp" else 1 - sigma
+        return model(x / alpha[:, None], sigma / alpha)
+
+    sigmas = place_sigmas(scaled, start(40.0) * alphas[0], levels * alphas, 8, process=process)
+    alphas = (1 - sigmas**2).sqrt() if process == "vp" else 1 - sigmas
+    torch.testing.assert_close(sigmas / alphas, expected, rtol=0.02, atol=1e-12)
+
+
+def test_more_arguments_reach_the_model_and_half_precision_places_alike():
+    seen = []
+
+    def conditional(x, sigma, scale):
+        seen.append((scale, sigma.dtype, sigma.shape))
+        return model(x, sigma).to(x.dtype) * scale
+
+    exact = place_sigmas(model, start(), karras_sigmas(30), 8)
+    placed = place_sigmas(conditional, start(dtype=torch.float32), karras_sigmas(30), 8, {"scale": 1.0})
+    assert set(seen) == {(1.0, torch.float32, torch.Size([20]))}
+    torch.testing.assert_close(placed, exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_steps=1), "num_steps must be a whole number of at least 2, got 1"),
+        (dict(num_steps=2.5), "num_steps must be a whole number of at least 2, got 2.5"),
+        (dict(sigmas=[3.0, 2.0, 1.0, 0.0]), "at least 4 levels above 0, for a history of order 3, got 3"),
+        (dict(sigmas=np.array([1.0, 2.0, 3.0, 4.0, 5.0])), "sigmas must not rise"),
+        (dict(model=lambda x, sigma: x * float("nan")), "model must return finite predictions"),
+        (dict(model=lambda x, sigma: torch.zeros_like(x)), "model must depend on sigma or x"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = dict(model=model, x=start(), sigmas=karras_sigmas(30), num_steps=8) | change
+    with pytest.raises(ValueError, match=message):
+        place_sigmas(**arguments)
