@@ -9,6 +9,7 @@ float32 addition, multiplication, fma and square root are used: any machine that
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,6 +98,8 @@ def seed_table(seed, batch: int) -> Tensor:
     if isinstance(seed, Tensor):
         if seed.dtype == torch.int64 and seed.shape == (batch, 2) and not has_values(seed):
             return seed
+        if seed.is_meta or seed.layout != torch.strided:
+            raise TypeError(f"seed must be a tensor that holds numbers, got {seed.layout} on {seed.device}")
         seed = seed.tolist()
     if _is_int(seed):
         pairs = [(seed, b) for b in range(batch)]
@@ -128,7 +131,7 @@ def seeds_of(seed, x: Tensor) -> Tensor:
 
 
 def _is_int(value) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
+    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor, np.ndarray))
 
 
 def specified_noise(

@@ -241,24 +241,24 @@ def er_sde_plan(
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.
     """
-    if process not in PROCESSES:
+    if not isinstance(process, str) or process not in PROCESSES:
         raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}')
     by_default = method is None and integration_points is None
     if method is None:
         method = "newton" if by_default else "taylor"
-    if method not in MAX_ORDER:
+    if not isinstance(method, str) or method not in MAX_ORDER:
         raise ValueError(f'method must be None, "newton" or "taylor", got {method!r}')
     if node_scale is None:
         node_scale = NODE_SCALE if by_default else math.inf
-    if node_scale != math.inf and method == "taylor":
-        raise ValueError(f'node_scale needs method="newton", got node_scale={node_scale!r} with method="taylor"')
     if not (isinstance(node_scale, (int, float)) and node_scale > 0):
         raise ValueError(f"node_scale must be a positive number or inf, got {node_scale!r}")
+    if node_scale != math.inf and method == "taylor":
+        raise ValueError(f'node_scale needs method="newton", got node_scale={node_scale!r} with method="taylor"')
     if integration_points is not None:
         if method != "taylor":
             raise ValueError(f'integration_points needs method="taylor", got {integration_points!r} with method="{method}"')
-        if not _is_int(integration_points) or integration_points < 1:
-            raise ValueError(f"integration_points must be None or a whole number of at least 1, got {integration_points!r}")
+        if not _is_int(integration_points) or not 1 <= integration_points <= 10**6:
+            raise ValueError(f"integration_points must be None or a whole number from 1 to 10^6, got {integration_points!r}")
     if not (isinstance(s_noise, (int, float)) and math.isfinite(s_noise) and s_noise >= 0):
         raise ValueError(f"s_noise must be a finite number of at least 0, got {s_noise!r}")
     noise_scaler = get_noise_scaler(noise_scaler)
@@ -282,6 +282,11 @@ PROCESSES = {
 }
 
 
+def on_host(values):
+    """A schedule on the CPU; what is none stays as it is, for er_sde_plan to refuse."""
+    return values.cpu() if isinstance(values, Tensor) and not values.is_meta else values
+
+
 def _is_int(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
@@ -291,7 +296,11 @@ def _schedule(name: str, values, device: torch.device) -> Tensor:
     try:
         if isinstance(values, np.ndarray):
             values = values.copy()  # as_tensor refuses negative strides, which a flipped schedule has
+        if isinstance(values, np.ndarray) and np.iscomplexobj(values):
+            raise TypeError(f"they are {values.dtype}")
         values = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64, device=CPU)
+        if values.is_complex() or values.layout != torch.strided:
+            raise TypeError(f"they are {values.dtype}, {values.layout}")
         as_it_is = device != CPU and values.dtype in (torch.float32, torch.float64)
         schedule = values.detach().to(device, values.dtype if as_it_is else torch.float64, copy=device == CPU)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -9,6 +9,8 @@ from .arguments import check_step, prediction_arguments
 from .noise import has_values, seeds_of, specified_noise
 from .plan import Row
 
+UNDERFLOW = 2.0**-150  # the largest number that is 0 in float32
+
 
 def reference_step(
     plan, i, x: Tensor, history, noise: Tensor | None = None, seed=None, prediction_type: str | None = None, guidance=None
@@ -63,7 +65,7 @@ def next_sample(row: Row, x: Tensor, history: Sequence[Tensor], noise: Tensor | 
 
 
 def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The sum of weight times tensor in the dtype of x; a term of weight 0 is not read.
+    """The sum of weight times tensor in the dtype of x; a term whose weight is 0, in the type of the sum, is not read.
 
     Weights are numbers, or tensors that broadcast. Summed in float64 if any tensor that is read is float64, else in float32, and
     rounded once; with a dtype summed and returned in that.
@@ -72,8 +74,10 @@ def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Te
     exact = dtype or (torch.float64 if torch.float64 in (x.dtype, *(t.dtype for _, t in terms)) else torch.float32)
     total = torch.zeros_like(x, dtype=exact)
     for w, term in terms:
-        product = (w.to(exact) if isinstance(w, Tensor) else w) * term.to(exact)
-        total = total + (torch.where(w != 0, product, 0) if isinstance(w, Tensor) else product)
+        if isinstance(w, Tensor):
+            total = total + torch.where(w.to(exact) != 0, w.to(exact) * term.to(exact), 0)
+        elif exact == torch.float64 or abs(w) > UNDERFLOW:
+            total = total + w * term.to(exact)
     return total if dtype else total.to(x.dtype)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from .arguments import check_one_source
-from .plan import er_sde_plan
+from .plan import Plan, er_sde_plan, on_host
 from .step import fast_step
 
 
@@ -53,7 +53,7 @@ def sample_er_sde(
     """
     check_one_source(noise_sampler=noise_sampler, generator=generator, seed=seed)
     plan = er_sde_plan(
-        sigmas.cpu() if isinstance(sigmas, Tensor) else sigmas,  # the loop asks the plan which steps draw noise
+        on_host(sigmas),  # the loop asks the plan which steps draw noise
         process=process,
         order=max_stage,
         noise_scaler="sde_5" if noise_scaler is None else noise_scaler,
@@ -62,6 +62,22 @@ def sample_er_sde(
         integration_points=integration_points,
         s_noise=s_noise,
     )
+    return sample_plan(plan, model, x, extra_args, callback, disable, noise_sampler, generator, seed)
+
+
+@torch.no_grad()
+def sample_plan(
+    plan: Plan,
+    model: Callable[..., Tensor],
+    x: Tensor,
+    extra_args: dict | None = None,
+    callback: Callable[[dict], None] | None = None,
+    disable: bool | None = None,
+    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    seed=None,
+) -> Tensor:
+    """The loop of `sample_er_sde` over a plan on the host."""
     extra_args = {} if extra_args is None else extra_args
     # The model sees sigma in at least float32: a half-precision sigma would be another time than the plan's.
     levels = plan.sigmas.to(x.device, torch.promote_types(x.dtype, torch.float32))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import er_sde_plan
+from .plan import er_sde_plan, on_host
 from .step import fast_step
 
 
@@ -40,14 +40,16 @@ def place_sigmas(
         float64 [num_steps + 1] on the CPU, falling; the last is that of `sigmas`.
 
     Raises:
-        ValueError: fewer than 4 levels above 0, num_steps below 2, or a model whose predictions are not finite.
+        ValueError: fewer than 4 levels above 0 or one twice, num_steps below 2, or a model whose predictions are not finite.
     """
-    sigmas = sigmas.cpu() if isinstance(sigmas, Tensor) else sigmas
+    sigmas = on_host(sigmas)
     options = {"process": process, "noise_scaler": "ode", "method": "newton"}
     plans = [er_sde_plan(sigmas, order=order, **options) for order in (3, 2)]
     levels = plans[0].sigmas[:-1] if plans[0].sigmas[-1] == 0 else plans[0].sigmas
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 2:
         raise ValueError(f"num_steps must be a whole number of at least 2, got {num_steps!r}")
+    if (levels.diff() == 0).any():
+        raise ValueError("sigmas must fall at every step of the pilot, got a level twice")
     if len(levels) < 4:
         raise ValueError(f"sigmas must hold at least 4 levels above 0, for a history of order 3, got {len(levels)}")
 

@@ -85,7 +85,8 @@ def fast_step(
         return _and_log_prob(result, plan, i, x, history, kind, unconditional, scale) if return_log_prob else result
 
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
-    if _C is not None and backend is None and not (global_shape or global_start or torch_layout or return_log_prob):
+    whole = global_shape is None and global_start is None and torch_layout is None
+    if _C is not None and backend is None and whole and not return_log_prob:
         if prediction_type is None and guidance is None:
             kind, unconditional, scale = -1, None, None
         else:

@@ -78,6 +78,7 @@ def test_more_arguments_reach_the_model_and_half_precision_places_alike():
         (dict(num_steps=1), "num_steps must be a whole number of at least 2, got 1"),
         (dict(num_steps=2.5), "num_steps must be a whole number of at least 2, got 2.5"),
         (dict(sigmas=[3.0, 2.0, 1.0, 0.0]), "at least 4 levels above 0, for a history of order 3, got 3"),
+        (dict(sigmas=[5.0, 4.0, 4.0, 3.0, 2.0, 0.0]), "sigmas must fall at every step of the pilot"),
         (dict(sigmas=np.array([1.0, 2.0, 3.0, 4.0, 5.0])), "sigmas must not rise"),
         (dict(model=lambda x, sigma: x * float("nan")), "model must return finite predictions"),
         (dict(model=lambda x, sigma: torch.zeros_like(x)), "model must depend on sigma or x"),

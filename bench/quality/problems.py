@@ -103,7 +103,7 @@ def spectra() -> dict[str, Tensor]:
     return {name: k**-power / (k**-power).mean() * 0.25 for name, power in powers.items()}
 
 
-def gaussian_variance(run, sigmas: Tensor, eigenvalues: Tensor) -> Tensor:
+def gaussian_variance(run, sigmas: Tensor, eigenvalues: Tensor, start: Tensor | None = None) -> Tensor:
     """Variance of a sampler's result along each eigen-direction of Gaussian data, [1, d], without drawing a sample.
 
     Every direction is a scalar linear recursion, so the variance is the sum of the squares of the responses to the start and to the
@@ -111,10 +111,11 @@ def gaussian_variance(run, sigmas: Tensor, eigenvalues: Tensor) -> Tensor:
 
     Args:
         run: `run(denoise, x, sigmas, noise)`, where noise(i) is that of the i-th draw.
+        start: the standard deviation at the start, [d]; None is sigmas[0].
     """
     denoise = lambda x, sigma: eigenvalues / (eigenvalues + sigma**2) * x  # noqa: E731
     zero, one = torch.zeros_like(eigenvalues)[None], torch.ones_like(eigenvalues)[None]
-    variance = run(denoise, sigmas[0] * one, sigmas, lambda i: zero) ** 2
+    variance = run(denoise, (sigmas[0] if start is None else start) * one, sigmas, lambda i: zero) ** 2
     for step in range(len(sigmas) - 1):
         variance = variance + run(denoise, zero, sigmas, lambda i, step=step: one if i == step else zero) ** 2
     return variance
@@ -123,3 +124,32 @@ def gaussian_variance(run, sigmas: Tensor, eigenvalues: Tensor) -> Tensor:
 def gaussian_frechet(run, sigmas: Tensor, eigenvalues: Tensor) -> float:
     """Squared Frechet distance a dimension of a sampler's result to Gaussian data."""
     return (gaussian_variance(run, sigmas, eigenvalues).sqrt() - eigenvalues.sqrt()).square().mean().item()
+
+
+def gaussian_error(run, num_steps: int, eigenvalue: float = 0.25) -> float:
+    """Relative error of the variance at sigma 0.1, of data N(0, eigenvalue) begun exactly at sigma 5, levels even in log sigma.
+
+    The first step, whose order is 1, is cut into pieces that shrink by half, so that it does not bound the order of the rest.
+    """
+    sigmas = torch.logspace(math.log10(5), -1, num_steps + 1, dtype=torch.float64)
+    pieces = sigmas[0] * (sigmas[1] / sigmas[0]) ** (2.0 ** torch.arange(-12, 0, dtype=torch.float64))
+    sigmas = torch.cat([sigmas[:1], pieces, sigmas[1:]])
+    values = torch.tensor([eigenvalue], dtype=torch.float64)
+    variance = gaussian_variance(run, sigmas, values, start=(values + sigmas[0] ** 2).sqrt())
+    return abs((variance / (values + sigmas[-1] ** 2) - 1).item())
+
+
+def gaussian_amplification(run, sigmas: Tensor, eigenvalue: float = 0.25) -> dict:
+    """What errors of the denoiser do to the result, on data N(0, eigenvalue).
+
+    The response of the result to an independent error at each evaluation, as large as the posterior's standard deviation there, in
+    standard deviations of the data: of all evaluations, and of those above sigma 10 alone.
+    """
+    std = math.sqrt(eigenvalue)
+    zero, responses = torch.zeros(1, 1, dtype=torch.float64), []
+    for wrong in sigmas[:-1].tolist():
+        error = wrong * std / math.hypot(wrong, std)
+        denoise = lambda x, sigma, wrong=wrong, error=error: eigenvalue / (eigenvalue + sigma**2) * x + error * (sigma == wrong)  # noqa: E731
+        responses.append(run(denoise, zero, sigmas, lambda i: zero).item() / std)
+    high = [r for r, sigma in zip(responses, sigmas.tolist(), strict=False) if sigma > 10]
+    return {"all": math.hypot(*responses), "high": math.hypot(*high)}

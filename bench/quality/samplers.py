@@ -40,6 +40,7 @@ def as_k_diffusion(function, evaluations=1, **arguments):
 
     def run(denoise, x, sigmas, noise):
         draws = itertools.count()
+        sigmas = sigmas.to(x.device)
         draw = lambda *_: noise(next(draws))  # noqa: E731
         takes_noise = "noise_sampler" in inspect.signature(function).parameters
         drawn = {"noise_sampler": draw} if takes_noise else {}
@@ -53,6 +54,20 @@ def as_k_diffusion(function, evaluations=1, **arguments):
 def ours(**arguments):
     """`sample_er_sde` with these arguments."""
     return as_k_diffusion(sample_er_sde, **arguments)
+
+
+def ours_by_step(orders, **arguments):
+    """The same with `orders(num_steps)` the orders of the steps."""
+    return lambda denoise, x, sigmas, noise: ours(max_stage=orders(len(sigmas) - 1), **arguments)(denoise, x, sigmas, noise)
+
+
+def ours_by_level(order_at, **arguments):
+    """The same with `order_at(sigma)` the order of the step from that level."""
+
+    def run(denoise, x, sigmas, noise):
+        return ours(max_stage=[order_at(sigma) for sigma in sigmas[:-1].tolist()], **arguments)(denoise, x, sigmas, noise)
+
+    return run
 
 
 def of_k_diffusion(name, evaluations=1, **arguments):
@@ -88,15 +103,38 @@ def of_diffusers(scheduler, **config):
     return run
 
 
-PUBLISHED = {"integration_points": 200}
+PUBLISHED = {"method": "taylor", "integration_points": 200}
 SCALERS = ["ode", "reverse_time_sde(0.25)", "reverse_time_sde(0.5)", "sde", "sde_1", "sde_2", "sde_3", "sde_4", "sde_5"]
+
+
+def noise_above(level: float):
+    """phi(l) = l (l + level): the reverse-time SDE far above a level of noise, the ODE far below it."""
+    return lambda l: l * (l + level)
+
+
+def noise_below(level: float):
+    """phi(l) = l^2 / (l + level): the ODE far above a level of noise, the reverse-time SDE far below it."""
+    return lambda l: l * l / (l + level)
+
+
+SCALER_LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)
+SCALER_FAMILIES = {
+    f"newton 3, c = 10 std, noise {side} {level:g}": (family, level)
+    for side, family in (("above", noise_above), ("below", noise_below))
+    for level in SCALER_LEVELS
+}
+AT_THE_END = {f"newton 3, c = 10 std, order {end[-1]} at the end": end for end in ([3, 2], [2, 1])}
+BY_LEVEL = {
+    f"newton {n}, c = {times} std, order 2 above c": (n, times) for n, times in ((3, 10), (3, 15), (4, 15))
+}  # fmt: skip
+IN_PART = [*SCALER_FAMILIES, *AT_THE_END, *BY_LEVEL]  # not measured at every number of evaluations
 
 
 def contenders(std: float) -> dict:
     """Name to sampler, for data of that standard deviation."""
-    newton = {"method": "newton"}
+    newton = {"method": "newton"}  # in er_lambda itself, where no node_scale follows
     result = {f"published, order {n}": ours(max_stage=n, **PUBLISHED) for n in (1, 2, 3)}
-    result |= {"taylor 3, exact": ours(max_stage=3)}
+    result |= {"taylor 3, exact": ours(max_stage=3, method="taylor"), "default": ours()}
     result |= {f"newton {n}": ours(max_stage=n, **newton) for n in (2, 3, 4, 5)}
     for times in (5, 10, 15, 30):
         result |= {f"newton {n}, c = {times} std": ours(max_stage=n, node_scale=times * std, **newton) for n in (2, 3, 4)}
@@ -104,6 +142,18 @@ def contenders(std: float) -> dict:
         f"newton 3, c = 10 std, {scaler}": ours(max_stage=3, node_scale=10 * std, noise_scaler=scaler, **newton)
         for scaler in SCALERS
         if scaler != "sde_5"
+    }
+    result |= {
+        name: ours_by_level(lambda sigma, n=n, c=times * std: 2 if sigma > c else n, node_scale=times * std, **newton)
+        for name, (n, times) in BY_LEVEL.items()
+    }
+    result |= {
+        name: ours(max_stage=3, node_scale=10 * std, noise_scaler=family(level), **newton)
+        for name, (family, level) in SCALER_FAMILIES.items()
+    }
+    result |= {
+        name: ours_by_step(lambda n, end=end: [*[3] * (n - 2), *end], node_scale=10 * std, **newton)
+        for name, end in AT_THE_END.items()
     }
     return result | RIVALS
 

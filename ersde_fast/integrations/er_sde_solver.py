@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from ..plan import er_sde_plan
+from ..plan import er_sde_plan, on_host
 from ..step import fast_step
 
 PREDICTION_TYPES = {"x_start": "sample", "noise": "epsilon"}
@@ -110,8 +110,8 @@ class ER_SDE_Solver:
             raise ValueError(f'sde_type must be "{sde_type}" for this method, got "{self.sde_type}": name it at construction')
         named = type(self).customized_func is ER_SDE_Solver.customized_func
         plan = er_sde_plan(
-            sigmas.cpu() if isinstance(sigmas, Tensor) else sigmas,
-            alphas.cpu() if isinstance(alphas, Tensor) else alphas,
+            on_host(sigmas),
+            on_host(alphas),
             order=order,
             noise_scaler="sde_5" if named else self.customized_func,
             method="taylor",
