@@ -1,0 +1,340 @@
+"""Samples by the ten thousand over processes and machines, and latents split over devices, on torch.distributed.
+
+Every sample belongs to its seed alone, and every element's noise to its place in the whole latent, so no result depends on how the
+work was split: not on the number of processes, not on the batches, not on the shards, not on where a run was killed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from tqdm.auto import tqdm
+
+from .arguments import FLOATS
+from .noise import portable_noise, seed_table, specified_noise
+from .plan import Plan
+from .sample import sample_plan
+from .step import fast_step
+
+INDEX = "index.json"
+
+
+def generate(
+    model: Callable[..., Tensor],
+    plan: Plan,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    out_dir: str | os.PathLike,
+    batch_size: int = 64,
+    *,
+    extra_args: Callable[[list[int]], dict] | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> None:
+    """Samples every seed and writes the samples into a folder, shared out over the processes of torch.distributed.
+
+    Call it in every process, after `torch.distributed.init_process_group`, or in one process without that. Each batch becomes a
+    safetensors file that appears whole or not at all, and at the end the first process writes `index.json`. A run that was killed at
+    any moment goes on where it was when it is called again, with any number of processes and any batch size: what is in the folder
+    is kept, and the samples are those of a run that nothing interrupted. `load_samples` reads them.
+
+    Args:
+        model: `model(x, sigma, **extra_args)`, sigma [batch], to the denoised sample. A seed's sample has the same bits in every
+            batch if the model's do.
+        plan: of `er_sde_plan`, on the CPU.
+        seeds: distinct whole numbers, one a sample. Sample s starts from plan.sigmas[0] times `portable_noise` of seed s at step -1,
+            and each step draws the portable stream of s.
+        shape: of one sample, without the batch.
+        out_dir: the folder, one that every process sees; made if there is none. It holds samples of one plan, shape and dtype.
+        batch_size: samples that one process computes together.
+        extra_args: from a batch's seeds to the model's further arguments, such as class labels.
+        transform: what is kept of a batch of samples, [batch, ...] to [batch, ...], such as a decoder's images.
+        dtype, device: of the latents.
+        progress: shows one progress bar, the first process's.
+
+    Raises:
+        ValueError, TypeError: naming the argument, or the file in `out_dir` that is damaged or of another run.
+        OSError: naming the file that could not be written. Nothing finished is lost.
+        RuntimeError: another process failed or died; every finished batch is kept.
+    """
+    seeds, shape = _check(plan, seeds, shape, batch_size, dtype)
+    rank, world, group = _processes()
+    folder, run = Path(out_dir), _fingerprint(plan, shape, dtype)
+    done = _from_first(lambda: _prepare(folder, run, seeds), rank, group)
+    missing = [seed for seed in seeds if seed not in done]
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    written = len(seeds) - len(missing)
+    with tqdm(total=len(seeds), initial=written, unit="sample", disable=not progress or rank > 0) as bar:
+        for round_ in range(0, len(batches), world):
+            batch, error = batches[round_ + rank] if round_ + rank < len(batches) else [], None
+            try:
+                if batch:
+                    samples = _sample(model, plan, batch, shape, extra_args, transform, dtype, device)
+                    _write(folder / f"samples-{seeds.index(batch[0]):09d}.safetensors", batch, samples, run)
+            except BaseException as caught:  # the others must not wait for this process
+                error = caught
+            count = _sum_over_processes([len(batch) if error is None else 0, error is not None], rank, group, folder, written)
+            written += count[0]
+            bar.update(count[0])
+            if error is not None:
+                raise error
+            if count[1]:
+                raise RuntimeError(_kept(f"{count[1]} of the other processes failed: see their messages", folder, written))
+    _from_first(lambda: _write_index(folder, run, seeds, shape, dtype), rank, group)
+
+
+def load_samples(out_dir: str | os.PathLike, seeds: Sequence[int] | None = None) -> Tensor:
+    """The samples of a finished run of `generate`, [len(seeds), ...].
+
+    Args:
+        seeds: which, in this order; None is every seed in the order given to `generate`.
+
+    Raises:
+        ValueError: naming the file that is damaged, or a seed that is not there.
+        FileNotFoundError: the run is not finished.
+    """
+    folder = Path(out_dir)
+    if not (folder / INDEX).exists():
+        raise FileNotFoundError(f"{folder / INDEX} is not there: the run of generate is not finished, call it again")
+    try:
+        files = json.loads((folder / INDEX).read_text())["files"]
+        place = {seed: (name, row) for name, held in files.items() for row, seed in enumerate(held)}
+        order = json.loads((folder / INDEX).read_text())["seeds"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} is damaged: delete it and call generate again ({error})") from None
+    wanted = order if seeds is None else [int(seed) % 2**64 for seed in seeds]
+    if lacking := [seed for seed in wanted if seed not in place]:
+        raise ValueError(f"seeds must be among those of {folder / INDEX}, got {lacking[0]}")
+    shards = {name: _read(folder / name)[1] for name in dict.fromkeys(place[seed][0] for seed in wanted)}
+    return torch.stack([shards[place[seed][0]][place[seed][1]] for seed in wanted])
+
+
+def shard_of(x: DTensor) -> dict:
+    """`global_shape` and `global_start` of this process's part of each sample of x, for `fast_step` on `x.to_local()`.
+
+    Args:
+        x: [batch, ...] with placements Shard and Replicate; of the batch dimension too.
+    """
+    start, _ = _local_range(x.shape, x.device_mesh, x.placements)
+    return {"global_shape": tuple(x.shape[1:]), "global_start": tuple(start[1:])}
+
+
+def fast_step_dtensor(plan: Plan, i: int, x: DTensor, history: list[DTensor], *, seed, prediction_type=None, guidance=None):
+    """`ersde_fast.fast_step` of latents that are split over processes: each steps its own part, and nothing is communicated.
+
+    Gathered, the result has the bits of the step of the whole. Args and result are those of `fast_step`, x, the history and the
+    unconditional output DTensors on one mesh with one placement; only the portable stream can be drawn so.
+
+    Raises:
+        ValueError: placements that differ, that are partial sums, or that no chunk describes.
+    """
+    unconditional = [] if guidance is None else [guidance[0]]
+    for name, other in [*((f"history[{j}]", d) for j, d in enumerate(history)), *(("guidance[0]", u) for u in unconditional)]:
+        if not isinstance(other, DTensor) or other.device_mesh != x.device_mesh or other.placements != x.placements:
+            how = other.placements if isinstance(other, DTensor) else type(other).__name__
+            raise ValueError(f"{name} must be split as x is, {x.placements}, got {how}: use {name}.redistribute")
+    start, size = _local_range(x.shape, x.device_mesh, x.placements)
+    pairs = seed_table(seed, x.shape[0])[start[0] : start[0] + size[0]]
+    result = fast_step(
+        plan, i, x.to_local(), [denoised.to_local() for denoised in history], seed=pairs, prediction_type=prediction_type,
+        guidance=None if guidance is None else (guidance[0].to_local(), guidance[1]), **shard_of(x),
+    )  # fmt: skip
+    whole = lambda part: DTensor.from_local(  # noqa: E731
+        part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
+    return tuple(map(whole, result)) if isinstance(result, tuple) else whole(result)
+
+
+def portable_noise_dtensor(shape: Sequence[int], seed, step: int, device_mesh, placements, dtype=torch.float32) -> DTensor:
+    """`ersde_fast.portable_noise` split over processes, each of which draws its own part; step -1 for the initial latents."""
+    start, size = _local_range(shape, device_mesh, placements)
+    pairs = seed_table(seed, shape[0])[start[0] : start[0] + size[0]].to(device_mesh.device_type)
+    part = specified_noise(size, pairs, step, tuple(shape[1:]), tuple(start[1:])).to(dtype)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def _local_range(shape: Sequence[int], device_mesh, placements) -> tuple[list[int], list[int]]:
+    """Where this process's part starts in each dimension and how long it is there: torch.chunk, one mesh dimension after another."""
+    start, size = [0] * len(shape), list(shape)
+    for mesh_dim, placement in enumerate(placements):
+        if type(placement) is Replicate:
+            continue
+        if type(placement) is not Shard:
+            raise ValueError(f"placements must be Shard or Replicate, got {placement}: use redistribute")
+        dim = placement.dim
+        chunk = -(-size[dim] // device_mesh.size(mesh_dim))
+        first = min(device_mesh.get_local_rank(mesh_dim) * chunk, size[dim])
+        start[dim] += first
+        size[dim] = min(chunk, size[dim] - first)
+    return start, size
+
+
+def _check(plan, seeds, shape, batch_size, dtype) -> tuple[list[int], tuple[int, ...]]:
+    if not isinstance(plan, Plan) or plan.table.device.type != "cpu":
+        raise TypeError(f"plan must be a plan of er_sde_plan on the CPU, got {type(plan).__name__}")
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)  # noqa: E731
+    seeds = list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else [None]
+    if not seeds or not all(map(whole, seeds)):
+        raise TypeError("seeds must be a list or range of at least one whole number")
+    seeds = [seed % 2**64 for seed in seeds]
+    if len(set(seeds)) < len(seeds):
+        twice = next(seed for k, seed in enumerate(seeds) if seed in seeds[:k])
+        raise ValueError(f"seeds must differ (mod 2^64), got {twice} twice")
+    if not isinstance(shape, Sequence) or not all(whole(n) and n > 0 for n in shape):
+        raise ValueError(f"shape must hold the positive sizes of one sample, got {shape!r}")
+    if not whole(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
+    return seeds, tuple(shape)
+
+
+def _processes() -> tuple[int, int, object]:
+    """Rank, number of processes, and a group of the host's for what generate has to say."""
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise RuntimeError(
+                "torch.distributed is not initialized in one of several processes: call init_process_group first"
+            )
+        return 0, 1, None
+    world = dist.get_world_size()
+    return dist.get_rank(), world, dist.new_group(backend="gloo") if world > 1 else None
+
+
+def _from_first(function: Callable, rank: int, group):
+    """What a function returns or raises in the first process, in every process."""
+    message = [None, None]
+    if rank == 0:
+        try:
+            message[0] = function()
+        except Exception as error:  # which the others raise too, rather than wait
+            message[1] = error
+    if group is not None:
+        dist.broadcast_object_list(message, group=group, group_src=0)
+    if message[1] is not None:
+        raise message[1]
+    return message[0]
+
+
+def _sum_over_processes(counts: list[int], rank: int, group, folder: Path, written: int) -> list[int]:
+    if group is None:
+        return counts
+    total = torch.tensor(counts)
+    try:
+        dist.all_reduce(total, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(_kept(f"another process than rank {rank} has died", folder, written)) from error
+    return total.tolist()
+
+
+def _kept(what: str, folder: Path, written: int) -> str:
+    return f"{what}; at least {written} samples are in {folder}: call generate again for the rest"
+
+
+def _fingerprint(plan: Plan, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Of all that a sample depends on but its seed and the model."""
+    said = [
+        plan.sigmas.tolist(), plan.alphas.tolist(), plan.orders, plan.noise_scaler.name, plan.method, str(plan.node_scale),
+        plan.integration_points, plan.s_noise, plan.first_step, shape, str(dtype),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _sample(model, plan, seeds, shape, extra_args, transform, dtype, device) -> Tensor:
+    x = plan.sigmas[0].item() * portable_noise((len(seeds), *shape), seeds, step=-1, device=device)
+    x = sample_plan(plan, model, x.to(dtype), extra_args(seeds) if extra_args else None, disable=True, seed=seeds)
+    x = x if transform is None else transform(x)
+    if len(x) != len(seeds):
+        raise ValueError(f"transform must return one result a sample, {len(seeds)}, got {len(x)}")
+    return x.cpu().contiguous()
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError('generate needs safetensors: pip install "ersde-fast[edm]"') from error
+    return safetensors.torch
+
+
+def _prepare(folder: Path, run: str, seeds: list[int]) -> set[int]:
+    """Makes the folder ready, and says which seeds it holds."""
+    _safetensors()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob(".*.partial"):
+            partial.unlink()
+        _put(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise OSError(f"out_dir must be a folder that can be written, got {folder}: {error}") from None
+    return {seed for held in _held(folder, run).values() for seed in held} & set(seeds)
+
+
+def _held(folder: Path, run: str) -> dict[str, list[int]]:
+    """The seeds in each finished file of a run."""
+    held, where = {}, {}
+    for path in sorted(folder.glob("samples-*.safetensors")):
+        metadata, _, seeds = _read(path, header_only=True)
+        if metadata.get("run") != run:
+            raise ValueError(f"{path} is of a run with another plan, shape or dtype: name another out_dir")
+        for seed in seeds:
+            if seed in where:
+                raise ValueError(f"{path} and {where[seed]} both hold seed {seed}: delete one of them")
+            where[seed] = path
+        held[path.name] = seeds
+    return held
+
+
+def _read(path: Path, header_only: bool = False):
+    """(metadata, samples, seeds) of a file; the samples' shape alone where only the header is wanted."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            seeds = [seed % 2**64 for seed in file.get_tensor("seeds").tolist()]
+            samples = file.get_slice("samples").get_shape() if header_only else file.get_tensor("samples")
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: call generate again") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: delete it and call generate again ({error})") from None
+    if len(seeds) != (samples[0] if header_only else len(samples)):
+        raise ValueError(f"{path} is damaged: it has {len(seeds)} seeds for other samples: delete it and call generate again")
+    return metadata, samples, seeds
+
+
+def _write(path: Path, seeds: list[int], samples: Tensor, run: str) -> None:
+    tensors = {"samples": samples, "seeds": seed_table(seeds, len(seeds))[:, 0].contiguous()}
+    _put(path, _safetensors().save(tensors, metadata={"run": run}))
+
+
+def _write_index(folder: Path, run: str, seeds: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    files = _held(folder, run)
+    if lacking := set(seeds) - {seed for held in files.values() for seed in held}:
+        raise ValueError(f"{folder} has lost the sample of seed {min(lacking)}: call generate again")
+    said = {"run": run, "shape": shape, "dtype": str(dtype), "seeds": seeds, "files": files}
+    _put(folder / INDEX, json.dumps(said).encode())
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all, whatever ends the process or the machine."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from None

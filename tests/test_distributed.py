@@ -1,0 +1,285 @@
+"""Runs over processes: the same bits however the work was split and wherever it was killed, and errors that name the file.
+
+ERSDE_FAST_KILLS=20 python -m pytest tests/test_distributed.py        # so many kills in the place of one
+"""
+
+import errno
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_cases import PLAN, SHAPE, model
+from safetensors.torch import load_file, save_file
+
+from ersde_fast import distributed, er_sde_plan, portable_noise, sample_er_sde
+from ersde_fast.distributed import generate, load_samples
+
+CASES = Path(__file__).with_name("distributed_cases.py")
+KILLS = int(os.environ.get("ERSDE_FAST_KILLS", 1))
+
+
+def start(tmp_path, world, do="generate", **say):
+    """The processes of one run."""
+    store = tmp_path / f"store-{time.monotonic_ns()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, CASES, json.dumps({"do": do, "world": world, "rank": rank, "store": str(store), **say})],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def finish(processes):
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(said)
+    return said
+
+
+def expected(seeds):
+    """Each sample alone, by the sampler itself."""
+    x = 10 * torch.cat([portable_noise((1, *SHAPE), seed, step=-1) for seed in seeds])
+    return sample_er_sde(model, x, PLAN.sigmas, disable=True, seed=list(seeds))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_a_sample_belongs_to_its_seed(tmp_path, batch_size):
+    seeds = [5, 2**64 - 1, 0, 17, *range(100, 120)]
+    generate(model, PLAN, seeds, SHAPE, tmp_path / "out", batch_size, progress=False)
+    assert torch.equal(load_samples(tmp_path / "out"), expected(seeds))
+    assert torch.equal(load_samples(tmp_path / "out", [17, 2**64 - 1]), expected([17, 2**64 - 1]))
+    assert torch.equal(load_samples(tmp_path / "out", [-1]), expected([2**64 - 1]))
+
+
+def test_more_seeds_later_and_nothing_twice(tmp_path):
+    calls = []
+
+    def counted(x, sigma):
+        calls.append(len(x))
+        return model(x, sigma)
+
+    generate(counted, PLAN, range(10), SHAPE, tmp_path, 4, progress=False)
+    generate(counted, PLAN, range(25), SHAPE, tmp_path, 3, progress=False)
+    assert sum(calls) == 25 * PLAN.num_steps
+    generate(counted, PLAN, range(25), SHAPE, tmp_path, 3, progress=False)
+    assert sum(calls) == 25 * PLAN.num_steps
+    assert torch.equal(load_samples(tmp_path), expected(range(25)))
+
+
+def test_labels_of_seeds_and_what_is_kept(tmp_path):
+    """The model's further arguments follow the seeds; the transform's result is stored, in its own dtype."""
+
+    def conditional(x, sigma, shift):
+        return model(x, sigma) + shift[:, None, None]
+
+    labels = lambda seeds: {"shift": torch.tensor([float(seed % 3) for seed in seeds])}  # noqa: E731
+    transform = lambda x: (x * 40 + 128).clamp(0, 255).to(torch.uint8)  # noqa: E731
+    for folder, batch_size in (("a", 4), ("b", 9)):
+        generate(
+            conditional,
+            PLAN,
+            range(9),
+            SHAPE,
+            tmp_path / folder,
+            batch_size,
+            extra_args=labels,
+            transform=transform,
+            progress=False,
+        )
+    kept = load_samples(tmp_path / "a")
+    assert kept.dtype == torch.uint8 and torch.equal(kept, load_samples(tmp_path / "b")) and len(kept.unique()) > 20
+    alone = sample_er_sde(
+        lambda x, s: model(x, s) + 2, 10 * portable_noise((1, *SHAPE), 5, step=-1), PLAN.sigmas, disable=True, seed=[5]
+    )
+    assert torch.equal(kept[5], transform(alone)[0])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_work(tmp_path, world):
+    said = finish(start(tmp_path, world, seeds=50, batch=4, out=str(tmp_path / "out"), progress=True))
+    assert torch.equal(load_samples(tmp_path / "out"), expected(range(50)))
+    assert "50/50" in said[0] and not any("sample" in text for text in said[1:])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4] if KILLS > 1 else [1, 2])
+def test_killed_at_any_moment(tmp_path, world):
+    """All processes get SIGKILL again and again, at random moments, with another number of them and another batch each time."""
+    rng = random.Random(world)
+    seeds, out = (2000 if KILLS > 1 else 200), tmp_path / "out"
+    for _ in range(KILLS):
+        before = len(list(out.glob("samples-*")))
+        processes = start(tmp_path, world, seeds=seeds, batch=rng.randint(3, 12), out=str(out), sleep=0.002)
+        while len(list(out.glob("samples-*"))) == before and any(process.poll() is None for process in processes):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.3)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+        for process in processes:
+            process.communicate()
+        files = [load_file(path) for path in out.glob("samples-*.safetensors")]  # every one whole
+        assert files and len({seed for file in files for seed in file["seeds"].tolist()}) == sum(
+            len(file["seeds"]) for file in files
+        )
+    if not (out / distributed.INDEX).exists():
+        with pytest.raises(FileNotFoundError, match="not finished"):
+            load_samples(out)
+    finish(start(tmp_path, world, seeds=seeds, batch=50, out=str(out)))
+    assert torch.equal(load_samples(out), expected(range(seeds)))
+    assert not list(out.glob(".*"))
+
+
+def test_one_of_several_fails_or_dies(tmp_path):
+    """The others end with a message that says what is kept, and the next run finishes."""
+    out = tmp_path / "out"
+    processes = start(tmp_path, 2, seeds=60, batch=4, out=str(out), fails=1, fails_at=15)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert "1 of the other processes failed" in said[0] and "call generate again for the rest" in said[0]
+    assert "ArithmeticError: this process fails on purpose" in said[1]
+    processes = start(tmp_path, 2, seeds=60, batch=4, out=str(out), dies=1, dies_at=15)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert "another process than rank 0 has died" in said[0] and "samples are in" in said[0] and processes[1].returncode == 9
+    finish(start(tmp_path, 2, seeds=60, batch=4, out=str(out)))
+    assert torch.equal(load_samples(out), expected(range(60)))
+
+
+@pytest.mark.parametrize("world", [2, 4] if KILLS > 1 else [4])
+def test_latents_split_over_processes(tmp_path, world):
+    finish(start(tmp_path, world, do="sharded"))
+
+
+def test_two_hundred_random_splits_of_a_latent():
+    """Cut anywhere, in any dimensions: the shards' steps are the whole step, and their bits too."""
+    rng, shape = random.Random(0), (2, 3, 9, 14)
+    x, history = 10 * portable_noise(shape, 1, step=-1), [portable_noise(shape, 2, step=j) for j in range(3)]
+    whole = distributed.fast_step(PLAN, 3, x, history, seed=[8, 9])
+    for _ in range(200):
+        cuts = [sorted({0, n, *(rng.randint(0, n) for _ in range(rng.randint(0, 3)))}) for n in shape[1:]]
+        spans = [list(itertools.pairwise(c)) for c in cuts]
+        result = torch.empty_like(whole)
+        for c in spans[0]:
+            for h in spans[1]:
+                for w in spans[2]:
+                    here = (slice(None), slice(*c), slice(*h), slice(*w))
+                    result[here] = distributed.fast_step(
+                        PLAN, 3, x[here], [d[here] for d in history], seed=[8, 9], global_shape=shape[1:], global_start=(c[0], h[0], w[0])
+                    )  # fmt: skip
+        assert torch.equal(result, whole), cuts
+
+
+# ---- what goes wrong ----
+
+
+def filled(folder):
+    generate(model, PLAN, range(20), SHAPE, folder, 5, progress=False)
+    return folder, sorted(folder.glob("samples-*"))
+
+
+def test_damaged_files_are_named_and_nothing_else_is_lost(tmp_path):
+    folder, files = filled(tmp_path)
+    whole = files[1].read_bytes()
+    for content in (whole[:-7], whole[:5], b"", b"\xff" * 200, whole[:8] + b"{" * (len(whole) - 8)):
+        files[1].write_bytes(content)
+        for act in (lambda: generate(model, PLAN, range(30), SHAPE, folder, 5, progress=False), lambda: load_samples(folder)):
+            with pytest.raises(ValueError, match=f"{files[1].name} is damaged: delete it and call generate again"):
+                act()
+    save_file({"samples": torch.zeros(2, *SHAPE), "seeds": torch.zeros(3, dtype=torch.int64)}, files[1], {"run": "x"})
+    with pytest.raises(ValueError, match=f"{files[1].name} is damaged: it has 3 seeds for other samples"):
+        load_samples(folder)
+    files[1].unlink()
+    with pytest.raises(ValueError, match=f"{files[1].name} is missing"):
+        load_samples(folder)
+    generate(model, PLAN, range(20), SHAPE, folder, 5, progress=False)
+    assert torch.equal(load_samples(folder), expected(range(20)))
+
+
+def test_files_of_another_run_are_not_touched(tmp_path):
+    folder, files = filled(tmp_path)
+    before = files[0].read_bytes()
+    other = er_sde_plan([10, 6, 3, 1.5, 0.7, 0.3, 0], s_noise=1.1)
+    for arguments in ((other, range(20), SHAPE), (PLAN, range(20), (5, 3))):
+        with pytest.raises(ValueError, match="is of a run with another plan, shape or dtype"):
+            generate(model, *arguments, folder, progress=False)
+    with pytest.raises(ValueError, match="is of a run with another plan, shape or dtype"):
+        generate(model, PLAN, range(20), SHAPE, folder, dtype=torch.float64, progress=False)
+    (folder / "samples-x.safetensors").write_bytes(before)
+    with pytest.raises(ValueError, match="both hold seed 0"):
+        generate(model, PLAN, range(20), SHAPE, folder, progress=False)
+    assert files[0].read_bytes() == before
+
+
+def test_the_index_is_data(tmp_path):
+    folder, _ = filled(tmp_path)
+    for content in (b"", b"[]", b'{"files": 3}', b'{"files": {}, "seeds": 3'):
+        (folder / distributed.INDEX).write_bytes(content)
+        with pytest.raises(ValueError, match=r"index.json is damaged: delete it and call generate again"):
+            load_samples(folder)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"out_dir must be a folder that can be written, got .*file"):
+        generate(model, PLAN, range(3), SHAPE, tmp_path / "file", progress=False)
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match=r"out_dir must be a folder that can be written, got .*Read-only file system"):
+        generate(
+            lambda x, sigma: pytest.fail("sampled before the folder was tried"), PLAN, range(3), SHAPE, tmp_path, progress=False
+        )
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """What was written stays, what could not be is named, and no part of it is left behind."""
+    written, real = [], os.fsync
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"could not write .*samples-000000010.safetensors: No space left on device"):
+        generate(model, PLAN, range(20), SHAPE, tmp_path, 5, progress=False)
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("samples-*"))) == 2 and not list(tmp_path.glob(".*"))
+    generate(model, PLAN, range(20), SHAPE, tmp_path, 5, progress=False)
+    assert torch.equal(load_samples(tmp_path), expected(range(20)))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(plan="x"), TypeError, "plan must be a plan of er_sde_plan"),
+        (dict(seeds=[]), TypeError, "seeds must be a list or range of at least one whole number"),
+        (dict(seeds=5), TypeError, "seeds must be a list or range"),
+        (dict(seeds=[1, 2.5]), TypeError, "seeds must be a list or range"),
+        (dict(seeds=[1, 3, 1]), ValueError, "seeds must differ .* got 1 twice"),
+        (dict(seeds=[-1, 2**64 - 1]), ValueError, "seeds must differ"),
+        (dict(shape=(3, 0)), ValueError, "shape must hold the positive sizes"),
+        (dict(batch_size=0), ValueError, "batch_size must be a whole number of at least 1, got 0"),
+        (dict(dtype=torch.int32), TypeError, "dtype must be float32"),
+        (dict(transform=lambda x: x[:1]), ValueError, "transform must return one result a sample, 4, got 1"),
+    ],
+)
+def test_bad_input(tmp_path, change, error, message):
+    arguments = dict(model=model, plan=PLAN, seeds=range(4), shape=SHAPE, out_dir=tmp_path / "out", progress=False) | change
+    with pytest.raises(error, match=message):
+        generate(**arguments)
+
+
+def test_processes_that_are_not_initialized(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(RuntimeError, match="call init_process_group first"):
+        generate(model, PLAN, range(4), SHAPE, tmp_path, progress=False)
