@@ -169,7 +169,10 @@ def step_arguments(draw):
     if draw(st.integers(1, 3)) == 1:
         a["prediction_type"] = draw(st.sampled_from(PREDICTION_TYPES))
         if draw(st.booleans()):
-            a["guidance"] = (draw(tensors(shape, dtypes())), draw(st.floats(-3, 8)))
+            a["guidance"] = (
+                draw(tensors(shape, dtypes())),
+                draw(st.one_of(st.sampled_from([0.0, 1.0]), st.floats(-3, -0.01), st.floats(0.01, 8))),
+            )
     if draw(st.integers(1, 4)) == 1:
         a["backend"] = draw(st.sampled_from(["cpu", "reference"]))
     out = draw(st.sampled_from([None, None, None, "new", "x", "history"]))
@@ -261,6 +264,9 @@ def test_steps(case):
                 assert torch.equal(torch.nan_to_num(was), torch.nan_to_num(a[name]))
         return
     x, i = before[0], int(a["i"])
+    if x.is_meta:
+        assert result.is_meta and result.shape == x.shape
+        return
     row, noise = plan.rows[i], a.get("noise")
     if row.w_noise == 0:
         noise = None

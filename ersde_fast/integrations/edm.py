@@ -91,19 +91,29 @@ def generate(
         class_index: the class of every image; None draws one from each image's seed, for networks of classes.
         sampler: further arguments of `er_sde_sampler`.
     """
-    labels = getattr(net, "label_dim", 0)
-    if class_index is not None and not 0 <= class_index < labels:
-        raise ValueError(f"class_index must be 0 to {labels - 1} for this network, got {class_index}")
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     for start in tqdm(range(0, len(seeds), batch_size), unit="batch", disable=not progress):
         batch = list(seeds[start : start + batch_size])
         latents = portable_noise((len(batch), *shape), batch, step=-1, device=device)
-        class_labels = None
-        if labels:
-            drawn = [torch.randint(labels, (), generator=torch.Generator().manual_seed(seed)).item() for seed in batch]
-            classes = drawn if class_index is None else [class_index] * len(batch)
-            class_labels = torch.nn.functional.one_hot(torch.tensor(classes, device=device), labels).float()
+        class_labels = class_labels_of(net, batch, class_index, device)
         yield batch, er_sde_sampler(net, latents, class_labels, seed=batch, **sampler)
+
+
+def class_labels_of(net, seeds: Sequence[int], class_index: int | None = None, device="cpu") -> Tensor | None:
+    """One-hot rows [len(seeds), label_dim] of the class, or of those that the seeds draw; None for a network without classes."""
+    labels = getattr(net, "label_dim", 0)
+    if class_index is not None and not 0 <= class_index < labels:
+        raise ValueError(f"class_index must be 0 to {labels - 1} for this network, got {class_index}")
+    if not labels:
+        return None
+    drawn = [torch.randint(labels, (), generator=torch.Generator().manual_seed(seed)).item() for seed in seeds]
+    classes = drawn if class_index is None else [class_index] * len(seeds)
+    return torch.nn.functional.one_hot(torch.tensor(classes, device=device), labels).float()
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 of images in [-1, 1], rounded as EDM's generate does."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
 def save_images(images: Tensor, seeds: Sequence[int], outdir: Path, subdirs: bool = False) -> None:
@@ -113,7 +123,7 @@ def save_images(images: Tensor, seeds: Sequence[int], outdir: Path, subdirs: boo
     except ImportError as error:
         raise ImportError('writing images needs pillow: pip install "ersde-fast[edm]"') from error
 
-    pixels = (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_pixels(images).permute(0, 2, 3, 1).cpu().numpy()
     for seed, pixel in zip(seeds, pixels, strict=True):
         folder = outdir / f"{seed - seed % 1000:06d}" if subdirs else outdir
         folder.mkdir(parents=True, exist_ok=True)
