@@ -2,6 +2,7 @@
 # PYTHON=/path/to/python takes an environment that has torch and the test packages, and downloads nothing.
 
 VENV := .venv
+COMMA := ,
 HAVE_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 TORCH := torch==2.13.0
 
@@ -11,7 +12,7 @@ else
 PY := $(VENV)/bin/python
 endif
 
-.PHONY: env demo test lint bench quality clean
+.PHONY: env demo test lint sanitize bench quality clean
 .DELETE_ON_ERROR:
 
 env: $(if $(PYTHON),build,$(VENV)/done)
@@ -40,6 +41,21 @@ lint: env
 
 test: env $(if $(PYTHON),,lint)
 	$(PY) -m pytest
+
+# The CPU kernels and the binding under the sanitizers of addresses and undefined behaviour, then of threads. OpenMP's own threads
+# are not instrumented, so the last sees Python's threads alone; a leak is looked for in test_threads.py.
+SANITIZED := step noise plan plan_kernel reference log_prob sample schedule fuzz threads
+RUN = PYTHONSAFEPATH=1 PYTHONPATH=build/$@ LD_PRELOAD="$$(g++ -print-file-name=$(1)) $$(g++ -print-file-name=libstdc++.so)" \
+	$(PY) -m pytest --deselect tests/test_threads.py::test_memory_does_not_grow
+
+sanitize: sanitize-address sanitize-thread
+sanitize-%: env
+	rm -rf build/$@
+	ERSDE_FAST_SANITIZE=$*$(if $(filter address,$*),$(COMMA)undefined) ERSDE_FAST_REQUIRE=1 \
+		$(PY) -m pip install -q --no-build-isolation --no-deps --target build/$@ .
+	$(if $(filter address,$*), \
+		ASAN_OPTIONS=detect_leaks=0 $(call RUN,libasan.so) $(SANITIZED:%=tests/test_%.py), \
+		OMP_NUM_THREADS=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1 $(call RUN,libtsan.so) tests/test_threads.py tests/test_step.py)
 
 # RESULTS=bench/results/NAME.json keeps the figures, and puts those of a GPU into the README.
 bench: env

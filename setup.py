@@ -1,7 +1,8 @@
 """Builds the extension against the torch that is installed; without torch or a compiler installs the pure-PyTorch path.
 
 Why a part is missing is written to ersde_fast/_build_info.py, which `ersde_fast.available_backends()` reads.
-ERSDE_FAST_REQUIRE=1 turns a missing CPU kernel into an error, for continuous integration.
+ERSDE_FAST_REQUIRE=1 turns a missing CPU kernel into an error, for continuous integration; ERSDE_FAST_SANITIZE=address,undefined
+(or thread) builds it with those sanitizers, see `make sanitize`.
 """
 
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from setuptools import setup
 
 REQUIRE = os.environ.get("ERSDE_FAST_REQUIRE") == "1"
+SANITIZE = os.environ.get("ERSDE_FAST_SANITIZE")
 reasons = {}
 
 
@@ -21,8 +23,9 @@ CXX_FLAGS = [
     "-fno-trapping-math",  # or selects are branches
     "-fopenmp",  # or torch's parallel_for is serial
     "-fvisibility=hidden",
-    "-g0",
+    *(["-g1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined"] if SANITIZE else ["-g0"]),
 ]
+LINK_FLAGS = ["-fopenmp", f"-fsanitize={SANITIZE}" if SANITIZE else "-s"]
 HEADERS = [str(path) for path in Path("csrc").glob("*.h")]
 SOURCES = ["csrc/binding.cpp", "csrc/er_sde_step_cpu.cpp", "csrc/er_sde_plan_cpu.cpp"]
 
@@ -45,7 +48,7 @@ def cuda_extension(torch, cpp_extension):
         depends=HEADERS,
         define_macros=[("ERSDE_WITH_CUDA", None)],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},
-        extra_link_args=["-fopenmp", "-s"],
+        extra_link_args=LINK_FLAGS,
     )
 
 
@@ -96,7 +99,7 @@ def extension():
 
     with_cuda = cuda_extension(torch, cpp_extension)
     cpu_only = cpp_extension.CppExtension(
-        "ersde_fast._C", SOURCES, depends=HEADERS, extra_compile_args=CXX_FLAGS, extra_link_args=["-fopenmp", "-s"]
+        "ersde_fast._C", SOURCES, depends=HEADERS, extra_compile_args=CXX_FLAGS, extra_link_args=LINK_FLAGS
     )
     build = BuildOrSay.with_options(use_ninja=shutil.which("ninja") is not None)
     return [with_cuda or cpu_only], {"build_ext": build}
