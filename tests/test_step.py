@@ -569,3 +569,11 @@ def test_without_the_extension_the_reference_runs(monkeypatch):
     monkeypatch.setattr(ersde_fast.backends, "_C", None)
     monkeypatch.setitem(ersde_fast.backends.REASONS, "cpu", "no compiler was found")
     assert torch.equal(fast_step(PLANS[3], 4, X, HISTORY, noise=NOISE), expected)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_a_tensor_is_no_pair_of_guidance(batch):
+    """Not even one of two rows, whose second would pass for the samples' scales."""
+    x = torch.zeros(batch, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"guidance must be a pair"):
+        fast_step(ODE, 0, x, [x], prediction_type="v", guidance=torch.zeros(2, batch, dtype=torch.float64))
