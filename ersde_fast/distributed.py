@@ -89,6 +89,8 @@ def generate(
             if count[1]:
                 raise RuntimeError(_kept(f"{count[1]} of the other processes failed: see their messages", folder, written))
     _from_first(lambda: _write_index(folder, run, seeds, shape, dtype), rank, group)
+    if group is not None:
+        dist.destroy_process_group(group)
 
 
 def load_samples(out_dir: str | os.PathLike, seeds: Sequence[int] | None = None) -> Tensor:
