@@ -72,6 +72,6 @@ def place_sigmas(
     passed = np.concatenate([[0.0], np.cumsum(np.asarray(errors) ** 0.25)])
     count = num_steps if len(levels) < len(plans[0].sigmas) else num_steps + 1
     placed = np.interp(np.linspace(0, passed[-1], count), passed, levels.log().numpy())
-    placed = torch.from_numpy(np.exp(placed))
+    placed = torch.from_numpy(np.exp(placed)).clamp(levels[-1], levels[0])  # which rounding may leave
     placed[0], placed[-1] = levels[0], levels[-1]
     return placed if count > num_steps else torch.cat([placed, placed.new_zeros(1)])

@@ -36,6 +36,12 @@ def test_a_pilot_that_does_not_end_at_zero():
     assert len(placed) == 9 and placed[-1] == karras_sigmas(40)[-2] and (placed.diff() < 0).all()
 
 
+def test_levels_that_all_but_touch():
+    """The last two of this pilot are an ulp apart; the levels between the ends never rise above them or fall below."""
+    placed = place_sigmas(model, start(1.0), [1.0, 0.1, 0.01, 1e-4, 9.999999999999999e-05], 2)
+    assert (placed.diff() <= 0).all() and placed[-1] == 9.999999999999999e-05
+
+
 @pytest.mark.parametrize("num_steps", [5, 6, 8, 10])
 def test_the_error_is_smaller_than_on_the_pilots_spacing(num_steps):
     values = torch.tensor([STD**2], dtype=torch.float64)
