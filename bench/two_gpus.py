@@ -1,0 +1,112 @@
+"""Several GPUs of one machine: a split latent's steps and a shared-out run, their bits, what they communicate and what they cost.
+
+torchrun --standalone --nproc-per-node 1 bench/two_gpus.py --out out/one
+torchrun --standalone --nproc-per-node 2 bench/two_gpus.py --out out/two               # the same digests, twice the samples a second
+torchrun --standalone --nproc-per-node 2 bench/two_gpus.py --out out/killed --dies 1   # ends with an error that says what is kept
+torchrun --standalone --nproc-per-node 2 bench/two_gpus.py --out out/killed            # the same digests again
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.profiler import profile
+
+from ersde_fast import er_sde_plan, fast_step, portable_noise
+from ersde_fast.distributed import fast_step_dtensor, generate, load_samples, portable_noise_dtensor
+from ersde_fast.integrations.edm import class_labels_of, karras_sigmas
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from digits_unet import load_digits_unet
+
+SHAPE = (1, 16, 21, 90, 160)  # of a video model; 21 frames over two GPUs are 11 and 10
+PLAN = er_sde_plan(karras_sigmas(10))
+COMMUNICATES = ("nccl", "gloo", "c10d", "all_reduce", "all_gather", "broadcast")
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def predictions(x):
+    """Fixed ones, elementwise: a model whose bits no device changes."""
+    return [x * 0.5, x * 0.25, x * 0.125]
+
+
+def split_step(mesh) -> tuple[str, str, list[str], float]:
+    """Digests of the step on the CPU and of the gathered split step, what of its trace communicates, and microseconds a step."""
+    whole = portable_noise(SHAPE, 7, step=-1) * 80
+    expected = digest(fast_step(PLAN, 5, whole, predictions(whole), seed=3))
+    x = portable_noise_dtensor(SHAPE, 7, -1, mesh, [Shard(2)])
+    x = DTensor.from_local(x.to_local() * 80, mesh, [Shard(2)], run_check=False, shape=x.shape, stride=x.stride())
+    history = [
+        DTensor.from_local(d, mesh, [Shard(2)], run_check=False, shape=x.shape, stride=x.stride())
+        for d in predictions(x.to_local())
+    ]
+    fast_step_dtensor(PLAN, 5, x, history, seed=3)
+    with profile() as trace:
+        result = fast_step_dtensor(PLAN, 5, x, history, seed=3)
+    named = sorted({event.key for event in trace.key_averages()})
+    wait = torch.cuda.synchronize if mesh.device_type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(100):
+        fast_step_dtensor(PLAN, 5, x, history, seed=3)
+    wait()
+    took = (time.perf_counter() - start) / 100
+    found = [name for name in named if any(word in name.lower() for word in COMMUNICATES)]
+    return expected, digest(result.full_tensor()), found, took * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--samples", type=int, default=4096, help="of each process")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--dies", type=int, help="the rank that dies in mid-run")
+    args = parser.parse_args()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+    say = print if rank == 0 else lambda *_: None
+
+    expected, got, found, took = split_step(init_device_mesh(args.device, (world,)))
+    say(f"split step on {world} x {args.device}: {got}; whole step on the CPU: {expected}; {took:.0f} us")
+    say(f"  of its trace communicates: {found or 'nothing'}")
+
+    calls = 0
+
+    def stub(x, sigma):
+        nonlocal calls
+        calls += 1
+        if rank == args.dies and calls == 25:
+            os._exit(9)
+        return x * (0.25 / (0.25 + sigma.view(-1, 1, 1, 1) ** 2))
+
+    generate(stub, PLAN, range(4096), (1, 28, 28), args.out / "stub", 128, device=args.device, progress=False)
+    say(f"4096 samples of the stub: {digest(load_samples(args.out / 'stub'))}")
+
+    net = load_digits_unet().to(args.device)
+    labels = lambda seeds: {"class_labels": class_labels_of(net, seeds, device=args.device)}  # noqa: E731
+    run = lambda seeds, name: generate(  # noqa: E731
+        net, PLAN, seeds, (1, 28, 28), args.out / name, args.batch, extra_args=labels, device=args.device, progress=False
+    )
+    run(range(2**40, 2**40 + args.batch * world), "warm")
+    start = time.perf_counter()
+    run(range(args.samples * world), "network")
+    took = time.perf_counter() - start
+    say(f"{args.samples * world} samples of the network, 10 evaluations: {args.samples * world / took:.1f} a second")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
