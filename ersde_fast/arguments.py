@@ -120,8 +120,15 @@ def known_row(plan, i) -> Row | None:
 
 def prediction_arguments(prediction_type, guidance) -> tuple:
     """The number of the prediction type (-1: none), the unconditional output and the scale, of checked arguments."""
-    unconditional, scale = (None, None) if guidance is None else guidance
+    unconditional, scale = (None, None) if guidance is None else _pair_of(guidance)
     return NUMBER_OF_TYPE[prediction_type], unconditional, scale
+
+
+def _pair_of(guidance):
+    """The unconditional output and the scale; a tensor of two rows is no pair, though it unpacks into two."""
+    if not isinstance(guidance, (tuple, list)) or len(guidance) != 2:
+        raise TypeError(f"guidance must be a pair (unconditional output, scale), got {type(guidance).__name__}")
+    return guidance
 
 
 def _check_guidance(plan, i, x: Tensor, prediction_type, guidance) -> list[tuple[str, Tensor]]:
@@ -135,9 +142,7 @@ def _check_guidance(plan, i, x: Tensor, prediction_type, guidance) -> list[tuple
         return []
     if prediction_type is None:
         raise ValueError('guidance needs a prediction_type ("sample" where the model predicts the clean sample)')
-    if not isinstance(guidance, (tuple, list)) or len(guidance) != 2:
-        raise TypeError(f"guidance must be a pair (unconditional output, scale), got {type(guidance).__name__}")
-    unconditional, scale = guidance
+    unconditional, scale = _pair_of(guidance)
     check_like("guidance[0]", unconditional, x)
     if isinstance(scale, Tensor):
         batch = x.shape[0] if x.dim() else 1

@@ -134,7 +134,7 @@ def fast_step(
 def _prediction_arguments_if_plain(prediction_type, guidance) -> tuple:
     """prediction_arguments without complaint: None for the number where something is wrong."""
     try:
-        return (None,) * 3 if isinstance(guidance, Tensor) else prediction_arguments(prediction_type, guidance)
+        return prediction_arguments(prediction_type, guidance)
     except (KeyError, TypeError, ValueError):
         return None, None, None
 
