@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .plan import er_sde_plan, on_host
-from .step import fast_step
+from .sample import sample_plan
 
 
 @torch.no_grad()
@@ -42,10 +42,9 @@ def place_sigmas(
     Raises:
         ValueError: fewer than 4 levels above 0 or one twice, num_steps below 2, or a model whose predictions are not finite.
     """
-    sigmas = on_host(sigmas)
-    options = {"process": process, "noise_scaler": "ode", "method": "newton"}
-    plans = [er_sde_plan(sigmas, order=order, **options) for order in (3, 2)]
-    levels = plans[0].sigmas[:-1] if plans[0].sigmas[-1] == 0 else plans[0].sigmas
+    sigmas = er_sde_plan(on_host(sigmas), process=process).sigmas
+    ends_at_zero = sigmas[-1] == 0
+    levels = sigmas[:-1] if ends_at_zero else sigmas
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 2:
         raise ValueError(f"num_steps must be a whole number of at least 2, got {num_steps!r}")
     if (levels.diff() == 0).any():
@@ -53,16 +52,18 @@ def place_sigmas(
     if len(levels) < 4:
         raise ValueError(f"sigmas must hold at least 4 levels above 0, for a history of order 3, got {len(levels)}")
 
+    plan, lower = (er_sde_plan(levels, process=process, order=n, noise_scaler="ode", method="newton") for n in (3, 2))
     # Of the weights, not of two steps, whose rounding at high noise is larger than their difference.
-    differences = plans[0].weights[:, 1:4].clone()
-    differences[:, :2] -= plans[1].weights[:, 1:3]
+    differences = plan.weights[:, 1:4].clone()
+    differences[:, :2] -= lower.weights[:, 1:3]
     errors, history = [], []
-    for i in range(len(levels) - 1):
-        sigma = levels[i].to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(x.shape[:1])
-        history = [model(x, sigma, **(extra_args or {})), *history[:2]]
-        x = fast_step(plans[0], i, x, history)
-        error = sum(w * denoised.double() for w, denoised in zip(differences[i].tolist(), history, strict=False))
-        errors.append(error.square().mean().sqrt().item() / plans[0].alphas[i + 1].item())
+
+    def measure(said: dict) -> None:
+        history[:] = [said["denoised"], *history[:2]]
+        error = sum(w * denoised.double() for w, denoised in zip(differences[said["i"]].tolist(), history, strict=False))
+        errors.append(error.square().mean().sqrt().item() / plan.alphas[said["i"] + 1].item())
+
+    sample_plan(plan, model, x, extra_args, measure, disable=True)
     errors[:2] = errors[2:3] * 2  # there is no history of three yet
     if not all(map(math.isfinite, errors)):
         raise ValueError(f"model must return finite predictions, got errors {errors} of the pilot's steps")
@@ -70,8 +71,8 @@ def place_sigmas(
         raise ValueError("model must depend on sigma or x: the pilot's orders agree to the bit, so any levels are as good")
 
     passed = np.concatenate([[0.0], np.cumsum(np.asarray(errors) ** 0.25)])
-    count = num_steps if len(levels) < len(plans[0].sigmas) else num_steps + 1
+    count = num_steps if ends_at_zero else num_steps + 1
     placed = np.interp(np.linspace(0, passed[-1], count), passed, levels.log().numpy())
     placed = torch.from_numpy(np.exp(placed)).clamp(levels[-1], levels[0])  # which rounding may leave
     placed[0], placed[-1] = levels[0], levels[-1]
-    return placed if count > num_steps else torch.cat([placed, placed.new_zeros(1)])
+    return torch.cat([placed, placed.new_zeros(1)]) if ends_at_zero else placed
