@@ -107,9 +107,9 @@ def load_samples(out_dir: str | os.PathLike, seeds: Sequence[int] | None = None)
     if not (folder / INDEX).exists():
         raise FileNotFoundError(f"{folder / INDEX} is not there: the run of generate is not finished, call it again")
     try:
-        files = json.loads((folder / INDEX).read_text())["files"]
-        place = {seed: (name, row) for name, held in files.items() for row, seed in enumerate(held)}
-        order = json.loads((folder / INDEX).read_text())["seeds"]
+        index = json.loads((folder / INDEX).read_text())
+        place = {seed: (name, row) for name, held in index["files"].items() for row, seed in enumerate(held)}
+        order = index["seeds"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} is damaged: delete it and call generate again ({error})") from None
     wanted = order if seeds is None else [int(seed) % 2**64 for seed in seeds]
@@ -147,7 +147,8 @@ def fast_step_dtensor(plan: Plan, i: int, x: DTensor, history: list[DTensor], *,
     pairs = seed_table(seed, x.shape[0])[start[0] : start[0] + size[0]]
     result = fast_step(
         plan, i, x.to_local(), [denoised.to_local() for denoised in history], seed=pairs, prediction_type=prediction_type,
-        guidance=None if guidance is None else (guidance[0].to_local(), guidance[1]), **shard_of(x),
+        guidance=None if guidance is None else (guidance[0].to_local(), guidance[1]), global_shape=tuple(x.shape[1:]),
+        global_start=tuple(start[1:]),
     )  # fmt: skip
     whole = lambda part: DTensor.from_local(  # noqa: E731
         part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()

@@ -295,9 +295,9 @@ def _schedule(name: str, values, device: torch.device) -> Tensor:
     """A schedule argument as a tensor of its own on the device, float64 (there also float32)."""
     try:
         if isinstance(values, np.ndarray):
+            if np.iscomplexobj(values):
+                raise TypeError(f"they are {values.dtype}")
             values = values.copy()  # as_tensor refuses negative strides, which a flipped schedule has
-        if isinstance(values, np.ndarray) and np.iscomplexobj(values):
-            raise TypeError(f"they are {values.dtype}")
         values = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64, device=CPU)
         if values.is_complex() or values.layout != torch.strided:
             raise TypeError(f"they are {values.dtype}, {values.layout}")

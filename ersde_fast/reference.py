@@ -75,7 +75,8 @@ def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Te
     total = torch.zeros_like(x, dtype=exact)
     for w, term in terms:
         if isinstance(w, Tensor):
-            total = total + torch.where(w.to(exact) != 0, w.to(exact) * term.to(exact), 0)
+            w = w.to(exact)
+            total = total + torch.where(w != 0, w * term.to(exact), 0)
         elif exact == torch.float64 or abs(w) > UNDERFLOW:
             total = total + w * term.to(exact)
     return total if dtype else total.to(x.dtype)

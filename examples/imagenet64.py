@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import trange
+from tqdm import tqdm
 
 from ersde_fast import er_sde_plan
 from ersde_fast.distributed import generate, load_samples
@@ -45,9 +45,9 @@ def statistics(detector, out: Path, seeds: list[int], size: int, batch: int, dev
     share = seeds[len(seeds) * rank // world : len(seeds) * (rank + 1) // world]
     total = torch.zeros(size, dtype=torch.float64, device=device)
     squares = torch.zeros(size, size, dtype=torch.float64, device=device)
-    for first in trange(0, len(share), batch, unit="batch", desc="features", disable=rank > 0):
-        pixels = load_samples(out, share[first : first + batch]).to(device)
-        features = detector(pixels, return_features=True).double()
+    batches = load_samples(out, share).split(batch) if share else ()
+    for pixels in tqdm(batches, unit="batch", desc="features", disable=rank > 0):
+        features = detector(pixels.to(device), return_features=True).double()
         total += features.sum(0)
         squares += features.T @ features
     if world > 1:
