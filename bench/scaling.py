@@ -25,20 +25,20 @@ PROCESSES = (1, 2, 4, 8)
 BATCH = 16
 
 
-def sampled(rank: int, world: int, samples: int, out: str) -> float:
-    """Seconds of a whole `generate` of the demo's network, one thread a process."""
-    net, plan = load_digits_unet(), er_sde_plan(karras_sigmas(10))
+def sampled(world: int, samples: int, out: str | Path, batch_size: int = BATCH, device: str = "cpu") -> float:
+    """Seconds of a whole `generate` of the demo's network, behind a batch for each process that is not timed."""
+    net, plan = load_digits_unet().to(device), er_sde_plan(karras_sigmas(10))
     run = lambda seeds, folder: generate(  # noqa: E731
-        net, plan, seeds, (1, 28, 28), folder, BATCH, progress=False,
-        extra_args=lambda batch: {"class_labels": class_labels_of(net, batch)},
+        net, plan, seeds, (1, 28, 28), folder, batch_size, progress=False, device=device,
+        extra_args=lambda batch: {"class_labels": class_labels_of(net, batch, device=device)},
     )  # fmt: skip
-    run(range(2**40, 2**40 + BATCH * world), f"{out}/warm")
+    run(range(2**40, 2**40 + batch_size * world), f"{out}/warm")
     start = time.perf_counter()
     run(range(samples), f"{out}/timed")
     return time.perf_counter() - start
 
 
-def stepped(rank: int, world: int, elements: int, repeats: int = 20) -> float:
+def stepped(world: int, elements: int, repeats: int = 20) -> float:
     """Seconds of one step of order 3 with portable noise, of a latent that is split over the processes, between two barriers."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
@@ -70,7 +70,7 @@ def process() -> None:
     if say["world"] > 1:
         store = dist.FileStore(say["store"], say["world"])
         dist.init_process_group("gloo", store=store, rank=say["rank"], world_size=say["world"])
-    seconds = {"sampled": sampled, "stepped": stepped}[say["do"]](say["rank"], say["world"], *say["arguments"])
+    seconds = {"sampled": sampled, "stepped": stepped}[say["do"]](say["world"], *say["arguments"])
     if say["rank"] == 0:
         print(seconds)
     if say["world"] > 1:

@@ -9,22 +9,19 @@ torchrun --standalone --nproc-per-node 2 bench/two_gpus.py --out out/killed     
 import argparse
 import hashlib
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from scaling import sampled
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.profiler import profile
 
 from ersde_fast import er_sde_plan, fast_step, portable_noise
 from ersde_fast.distributed import fast_step_dtensor, generate, load_samples, portable_noise_dtensor
-from ersde_fast.integrations.edm import class_labels_of, karras_sigmas
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from digits_unet import load_digits_unet
+from ersde_fast.integrations.edm import karras_sigmas
 
 SHAPE = (1, 16, 21, 90, 160)  # of a video model; 21 frames over two GPUs are 11 and 10
 PLAN = er_sde_plan(karras_sigmas(10))
@@ -44,12 +41,8 @@ def split_step(mesh) -> tuple[str, str, list[str], float]:
     """Digests of the step on the CPU and of the gathered split step, what of its trace communicates, and microseconds a step."""
     whole = portable_noise(SHAPE, 7, step=-1) * 80
     expected = digest(fast_step(PLAN, 5, whole, predictions(whole), seed=3))
-    x = portable_noise_dtensor(SHAPE, 7, -1, mesh, [Shard(2)])
-    x = DTensor.from_local(x.to_local() * 80, mesh, [Shard(2)], run_check=False, shape=x.shape, stride=x.stride())
-    history = [
-        DTensor.from_local(d, mesh, [Shard(2)], run_check=False, shape=x.shape, stride=x.stride())
-        for d in predictions(x.to_local())
-    ]
+    x = portable_noise_dtensor(SHAPE, 7, -1, mesh, [Shard(2)]) * 80
+    history = predictions(x)
     fast_step_dtensor(PLAN, 5, x, history, seed=3)
     with profile() as trace:
         result = fast_step_dtensor(PLAN, 5, x, history, seed=3)
@@ -95,15 +88,7 @@ def main() -> None:
     generate(stub, PLAN, range(4096), (1, 28, 28), args.out / "stub", 128, device=args.device, progress=False)
     say(f"4096 samples of the stub: {digest(load_samples(args.out / 'stub'))}")
 
-    net = load_digits_unet().to(args.device)
-    labels = lambda seeds: {"class_labels": class_labels_of(net, seeds, device=args.device)}  # noqa: E731
-    run = lambda seeds, name: generate(  # noqa: E731
-        net, PLAN, seeds, (1, 28, 28), args.out / name, args.batch, extra_args=labels, device=args.device, progress=False
-    )
-    run(range(2**40, 2**40 + args.batch * world), "warm")
-    start = time.perf_counter()
-    run(range(args.samples * world), "network")
-    took = time.perf_counter() - start
+    took = sampled(world, args.samples * world, args.out, args.batch, args.device)
     say(f"{args.samples * world} samples of the network, 10 evaluations: {args.samples * world / took:.1f} a second")
     dist.destroy_process_group()
 

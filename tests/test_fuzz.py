@@ -296,18 +296,8 @@ def test_steps(case):
         ]
     else:
         assert result.data_ptr() == a["out"].data_ptr()
-    if row.w_noise and noise is None:
-        return
-    assert_exact(
-        result,
-        [
-            (row.w_x, x),
-            *zip(row.w_d, history, strict=False),
-            (row.w_noise, noise or x) if noise is None else (row.w_noise, noise),
-        ],
-        x,
-        plan.order + 3,
-    )
+    drawn = [] if noise is None else [(row.w_noise, noise)]
+    assert_exact(result, [(row.w_x, x), *zip(row.w_d, history, strict=False), *drawn], x, plan.order + 3)
 
 
 def whole_noise(x, a, step):

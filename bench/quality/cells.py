@@ -29,10 +29,15 @@ ZERO = torch.zeros(1, dtype=torch.float64)
 PILOT_STEPS, LIMIT_STEPS = 50, 150
 
 
+def karras(n: int) -> torch.Tensor:
+    """Karras et al.'s levels between the ends of the exact problems."""
+    return karras_sigmas(n, *ENDS)
+
+
 @functools.cache
 def placed(problem_name: str, n: int) -> torch.Tensor:
     """Levels by the local error on an exact problem, of a pilot of 500 samples."""
-    problem, pilot = PROBLEMS[problem_name](), karras_sigmas(PILOT_STEPS, *ENDS)
+    problem, pilot = PROBLEMS[problem_name](), karras(PILOT_STEPS)
     x = pilot[0] * torch.randn(500, len(problem.mean), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     return place_sigmas(lambda x, sigma: problem.denoise(x, sigma[0].item()), x, pilot, n)
 
@@ -93,7 +98,7 @@ def steps_of(run, evaluations: int) -> int:
     return math.ceil(evaluations / getattr(run, "evaluations", 1))
 
 
-def measure(problem, run, evaluations: int, seed: int, samples: int, spacing=lambda n: karras_sigmas(n, *ENDS)) -> dict:
+def measure(problem, run, evaluations: int, seed: int, samples: int, spacing=karras) -> dict:
     """One cell: the distances of the samples' moments and of their projections to the exact ones."""
     g = torch.Generator().manual_seed(1000 + seed)
     shape = (samples, len(problem.mean))
@@ -132,7 +137,7 @@ def cells():
     problems = {name: make() for name, make in PROBLEMS.items()}
     samplers = {name: {FLOOR: None} | contenders(data_std(problem)) for name, problem in problems.items()}
     for name, spacing, sampler, evaluations in exact_cells():
-        levels = {None: lambda n: karras_sigmas(n, *ENDS), **SPACINGS, "placed": functools.partial(placed, name)}[spacing]
+        levels = {None: karras, **SPACINGS, "placed": functools.partial(placed, name)}[spacing]
         for n in evaluations:
             for seed in SEEDS:
                 key = f"{name}{f', {spacing}' if spacing else ''} | {sampler} | {n} | {seed}"

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 import cells
-from samplers import AT_THE_END, BY_LEVEL, RIVALS, SCALER_LEVELS, SCALERS, STOCHASTIC, contenders
+from samplers import AT_THE_END, BY_LEVEL, RIVALS, SCALER_FAMILIES, SCALERS, STOCHASTIC, contenders
 
 OURS = "newton 3, c = 10 std"
 PUBLISHED = "published, order 3"
@@ -76,10 +76,8 @@ def placed(results: dict) -> str:
 
 def families(results: dict) -> str:
     columns = [(n, "mixture", n) for n in (5, 10, 20)]
-    names = [f"{OURS}, noise {side} {level:g}" for side in ("above", "below") for level in SCALER_LEVELS]
-    return grid(
-        results, "evaluations", columns, [f"{OURS}, {scaler}" for scaler in SCALERS if scaler != "sde_5"] + [OURS, *names]
-    )
+    named = [f"{OURS}, {scaler}" for scaler in SCALERS if scaler != "sde_5"]
+    return grid(results, "evaluations", columns, [*named, OURS, *SCALER_FAMILIES])
 
 
 def ends(results: dict) -> str:

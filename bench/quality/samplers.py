@@ -56,16 +56,11 @@ def ours(**arguments):
     return as_k_diffusion(sample_er_sde, **arguments)
 
 
-def ours_by_step(orders, **arguments):
-    """The same with `orders(num_steps)` the orders of the steps."""
-    return lambda denoise, x, sigmas, noise: ours(max_stage=orders(len(sigmas) - 1), **arguments)(denoise, x, sigmas, noise)
-
-
-def ours_by_level(order_at, **arguments):
-    """The same with `order_at(sigma)` the order of the step from that level."""
+def ours_of_orders(orders, **arguments):
+    """The same with `orders(levels)` the orders of the steps from those levels."""
 
     def run(denoise, x, sigmas, noise):
-        return ours(max_stage=[order_at(sigma) for sigma in sigmas[:-1].tolist()], **arguments)(denoise, x, sigmas, noise)
+        return ours(max_stage=orders(sigmas[:-1].tolist()), **arguments)(denoise, x, sigmas, noise)
 
     return run
 
@@ -144,7 +139,9 @@ def contenders(std: float) -> dict:
         if scaler != "sde_5"
     }
     result |= {
-        name: ours_by_level(lambda sigma, n=n, c=times * std: 2 if sigma > c else n, node_scale=times * std, **newton)
+        name: ours_of_orders(
+            lambda levels, n=n, c=times * std: [2 if level > c else n for level in levels], node_scale=times * std, **newton
+        )
         for name, (n, times) in BY_LEVEL.items()
     }
     result |= {
@@ -152,7 +149,7 @@ def contenders(std: float) -> dict:
         for name, (family, level) in SCALER_FAMILIES.items()
     }
     result |= {
-        name: ours_by_step(lambda n, end=end: [*[3] * (n - 2), *end], node_scale=10 * std, **newton)
+        name: ours_of_orders(lambda levels, end=end: [*[3] * (len(levels) - 2), *end], node_scale=10 * std, **newton)
         for name, end in AT_THE_END.items()
     }
     return result | RIVALS
