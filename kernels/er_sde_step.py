@@ -1,9 +1,9 @@
 """The fused step in Triton, for GPUs where the CUDA extension was not built (no nvcc; ROCm; XPU).
 
 The same linear combination with the same noise sources as csrc/er_sde_step.cu, its weights read from the plan's table in the
-memory of the device. A program owns BLOCK neighbouring elements of one sample (portable noise: whole groups of four), or BLOCK
-neighbouring subsequences of torch's stream, each of which serves four places `threads` elements apart. Tensors are contiguous
-here: the wrapper copies those that are not.
+memory of the device. A program owns TURNS blocks of BLOCK neighbouring elements of one sample (portable noise: whole groups of
+four), or BLOCK neighbouring subsequences of torch's stream, each of which serves four places `threads` elements apart. It reads
+before it draws, so that memory works meanwhile. Tensors are contiguous here: the wrapper copies those that are not.
 """
 
 import functools
@@ -18,7 +18,9 @@ from ersde_fast.plan import COLUMNS_BEHIND
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 512
-OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": False, "num_warps": 2}  # eight elements a thread
+# A program that draws portable noise for types of two bytes takes TURNS blocks where a step has LARGE elements: arithmetic is the
+# limit there on an H200, and what a program does once is a sixth of it. Elsewhere memory is, and loops only delay it.
+TURNS, LARGE = 8, 2**24
 NO_NOISE, PORTABLE, TORCH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BEHIND = tl.constexpr(COLUMNS_BEHIND)
 # The interpreter rounds tl.fma twice and has no libdevice.
@@ -109,47 +111,66 @@ def multiply_add(w, term, y):
 
 
 @triton.jit
-def read_and_add(w, data, e, mask, y):
-    """Adds w times elements e of a tensor, which is not read where w is 0."""
-    return multiply_add(w, tl.load(data + e, mask=mask & (w != 0), other=0.0), y)
+def read(data, e, mask, w):
+    """Elements e of a tensor; 0, and nothing is read, where its weight is 0."""
+    return tl.load(data + e, mask=mask & (w != 0), other=0.0)
+
+
+@triton.jit
+def read_terms(
+    x, h0, h1, h2, h3, h4, guide, noise, e, mask, weights,
+    GIVEN: tl.constexpr, PREDICTS: tl.constexpr, GUIDED: tl.constexpr, HAS_NOISE: tl.constexpr,
+):  # fmt: skip
+    """What the step of elements e reads; x stands for a term that it does not have."""
+    w_x, w0, w1, w2, w3, w4, w_noise, p_x, p_m, p_u = weights
+    t_x = tl.load(x + e, mask=mask & ((w_x != 0) | (p_x != 0)), other=0.0)
+    t0, t1, t2, t3, t4, t_u, t_z = t_x, t_x, t_x, t_x, t_x, t_x, t_x
+    if GIVEN > 0:
+        t0 = read(h0, e, mask, p_m if PREDICTS else w0)
+    if GIVEN > 1:
+        t1 = read(h1, e, mask, w1)
+    if GIVEN > 2:
+        t2 = read(h2, e, mask, w2)
+    if GIVEN > 3:
+        t3 = read(h3, e, mask, w3)
+    if GIVEN > 4:
+        t4 = read(h4, e, mask, w4)
+    if GUIDED:
+        t_u = read(guide, e, mask, p_u)
+    if HAS_NOISE:
+        t_z = read(noise, e, mask, w_noise)
+    return t_x, t0, t1, t2, t3, t4, t_u, t_z
 
 
 @triton.jit
 def combine_and_store(
-    x, h0, h1, h2, h3, h4, guide, noise, out, denoised, e, mask, z,
-    w_x, w0, w1, w2, w3, w4, w_noise, p_x, p_m, p_u,
+    terms, z, out, denoised, e, mask, weights,
     GIVEN: tl.constexpr, PREDICTS: tl.constexpr, GUIDED: tl.constexpr, HAS_NOISE: tl.constexpr, DRAWS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The step of elements e: the prediction, where h0 is a model's output, then x, GIVEN predictions and the noise."""
-    acc: tl.constexpr = tl.float64 if WIDE else tl.float32
-    zero = tl.full(e.shape, -0.0, acc)
-    w_x, w_noise, p_x = tl.full(e.shape, w_x, acc), tl.full(e.shape, w_noise, acc), tl.full(e.shape, p_x, acc)
-    w0, w1, w2 = tl.full(e.shape, w0, acc), tl.full(e.shape, w1, acc), tl.full(e.shape, w2, acc)
-    w3, w4 = tl.full(e.shape, w3, acc), tl.full(e.shape, w4, acc)
-    x_read = tl.load(x + e, mask=mask & ((w_x != 0) | (p_x != 0)), other=0.0)
+    """The step of elements e: the prediction, where a model's output was read, then x, GIVEN predictions and the noise."""
+    w_x, w0, w1, w2, w3, w4, w_noise, p_x, p_m, p_u = weights
+    t_x, t0, t1, t2, t3, t4, t_u, t_z = terms
+    zero = tl.full(e.shape, -0.0, tl.float64 if WIDE else tl.float32)
     if PREDICTS:
-        newest = multiply_add(p_x, x_read, zero)
-        newest = read_and_add(tl.full(e.shape, p_m, acc), h0, e, mask, newest)
+        newest = multiply_add(p_m, t0, multiply_add(p_x, t_x, zero))
         if GUIDED:
-            newest = read_and_add(tl.full(e.shape, p_u, acc), guide, e, mask, newest)
-        newest = newest.to(denoised.dtype.element_ty)
-        tl.store(denoised + e, newest, mask=mask)
-    y = multiply_add(w_x, x_read, zero)
-    if PREDICTS:
-        y = multiply_add(w0, newest, y)
-    elif GIVEN > 0:
-        y = read_and_add(w0, h0, e, mask, y)
+            newest = multiply_add(p_u, t_u, newest)
+        t0 = newest.to(denoised.dtype.element_ty)
+        tl.store(denoised + e, t0, mask=mask)
+    y = multiply_add(w_x, t_x, zero)
+    if GIVEN > 0:
+        y = multiply_add(w0, t0, y)
     if GIVEN > 1:
-        y = read_and_add(w1, h1, e, mask, y)
+        y = multiply_add(w1, t1, y)
     if GIVEN > 2:
-        y = read_and_add(w2, h2, e, mask, y)
+        y = multiply_add(w2, t2, y)
     if GIVEN > 3:
-        y = read_and_add(w3, h3, e, mask, y)
+        y = multiply_add(w3, t3, y)
     if GIVEN > 4:
-        y = read_and_add(w4, h4, e, mask, y)
+        y = multiply_add(w4, t4, y)
     if HAS_NOISE:
-        y = read_and_add(w_noise, noise, e, mask, y)
+        y = multiply_add(w_noise, t_z, y)
     if DRAWS:
         y = multiply_add(w_noise, z, y)
     tl.store(out + e, y.to(out.dtype.element_ty), mask=mask)
@@ -171,19 +192,19 @@ def weight(row, k, exists, ORDER: tl.constexpr):
 
 @triton.jit
 def er_sde_step(
-    x, h0, h1, h2, h3, h4, guide, noise, out, denoised, seeds, table, plan_index, step_index, scales, size,
+    x, h0, h1, h2, h3, h4, guide, noise, out, denoised, seeds, table, plan_index, step_index, scales, size, samples,
     num_plans: "i64", num_steps: "i64", scale: "fp64", torch_seed: "u64", torch_offset: "i64", torch_threads: "i64",
     ORDER: tl.constexpr, GIVEN: tl.constexpr, INDEXED: tl.constexpr, KIND: tl.constexpr, GUIDED: tl.constexpr,
-    HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of a sample times samples, size = elements of a sample; torch's stream: (blocks, turns), size = all elements.
 
     The row: INDEXED 0, the table's first; 1, step_index[0]; 2, [plan_index[b], step_index[b]] for sample b.
     """
-    blocks = tl.cdiv(size, BLOCK).to(tl.int32)  # the grid has 31 bits; dividing 64 would be most of a small program
-    b = tl.program_id(0) // blocks
-    if SOURCE == TORCH:
-        b = 0
+    blocks = tl.cdiv(size, BLOCK * TURNS).to(tl.int32)  # the grid has 31 bits; dividing 64 would be most of a small program
+    b = tl.program_id(0) * 0
+    if SOURCE != TORCH and samples > 1:
+        b = tl.program_id(0) // blocks
     at = tl.full([], 0, tl.int64)
     exists = at >= 0
     if INDEXED > 0:
@@ -211,9 +232,22 @@ def er_sde_step(
             own = tl.load(scales + b)
             p_u = p_m * (1 - own)
             p_m = p_m * own
+    if SOURCE == PORTABLE:
+        seed = tl.load(seeds + 2 * b).to(tl.uint64, bitcast=True)
+        sample = tl.load(seeds + 2 * b + 1)
+        step = tl.load(row + ORDER + 1 + BEHIND, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
+    acc: tl.constexpr = tl.float64 if WIDE else tl.float32
+    weights = (
+        tl.full([BLOCK], w_x, acc), tl.full([BLOCK], w0, acc), tl.full([BLOCK], w1, acc), tl.full([BLOCK], w2, acc),
+        tl.full([BLOCK], w3, acc), tl.full([BLOCK], w4, acc), tl.full([BLOCK], w_noise, acc), tl.full([BLOCK], p_x, acc),
+        tl.full([BLOCK], p_m, acc), tl.full([BLOCK], p_u, acc),
+    )  # fmt: skip
     if SOURCE == TORCH:
         s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         turn = tl.program_id(1).to(tl.int64)
+        e = turn * 4 * torch_threads + s
+        mask = (s < torch_threads) & (e < size)
+        terms = read_terms(x, h0, h1, h2, h3, h4, guide, noise, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
         counter = (torch_offset // 4 + turn).to(tl.uint64)
         zero = tl.zeros([BLOCK], tl.uint32)
         r0, r1, r2, r3 = philox(
@@ -228,35 +262,47 @@ def er_sde_step(
         z2, z3 = torch_pair(r2, r3)
         for place in tl.static_range(4):
             z = z0 if place == 0 else z1 if place == 1 else z2 if place == 2 else z3
-            e = (turn * 4 + place) * torch_threads + s
-            mask = (s < torch_threads) & (e < size)
             z = z.to(out.dtype.element_ty)  # torch rounds the noise itself
-            combine_and_store(x, h0, h1, h2, h3, h4, guide, noise, out, denoised, e, mask, z, w_x, w0, w1, w2, w3, w4, w_noise,
-                              p_x, p_m, p_u, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, True, WIDE)  # fmt: skip
+            next_e = e + torch_threads
+            next_mask = (s < torch_threads) & (next_e < size)
+            next_terms = terms
+            if place < 3:
+                next_terms = read_terms(
+                    x, h0, h1, h2, h3, h4, guide, noise, next_e, next_mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE
+                )
+            combine_and_store(terms, z, out, denoised, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, True, WIDE)
+            e, mask, terms = next_e, next_mask, next_terms
     else:
-        first = (tl.program_id(0) - b * blocks).to(tl.int64) * BLOCK
-        inside = first + tl.arange(0, BLOCK)
-        e = b.to(tl.int64) * size + inside
-        z = tl.zeros([BLOCK], tl.float32)
-        if SOURCE == PORTABLE:
-            seed = tl.load(seeds + 2 * b).to(tl.uint64, bitcast=True)
-            sample = tl.load(seeds + 2 * b + 1)
-            step = tl.load(row + ORDER + 1 + BEHIND, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
-            group = first // 4 + tl.arange(0, BLOCK // 4)
-            zero = tl.zeros([BLOCK // 4], tl.uint32)
-            r0, r1, r2, r3 = philox(
-                (seed & 0xFFFFFFFF).to(tl.uint32),
-                (seed >> 32).to(tl.uint32),
-                (group & 0xFFFFFFFF).to(tl.uint32),
-                zero + step,
-                zero + (sample & 0xFFFFFFFF).to(tl.uint32),
-                (((group >> 32) << 24) | (1 << 16) | ((sample >> 32) & 0xFFFF)).to(tl.uint32),
+        zero = tl.zeros([BLOCK // 4], tl.uint32)
+        block = (tl.program_id(0) - b * blocks).to(tl.int64) * TURNS
+        for turn in range(TURNS):
+            first = (block + turn) * BLOCK
+            inside = first + tl.arange(0, BLOCK)
+            mask = inside < size
+            e = b.to(tl.int64) * size + inside
+            terms = read_terms(x, h0, h1, h2, h3, h4, guide, noise, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
+            z = tl.zeros([BLOCK], tl.float32)
+            if SOURCE == PORTABLE:
+                group = first // 4 + tl.arange(0, BLOCK // 4)
+                r0, r1, r2, r3 = philox(
+                    (seed & 0xFFFFFFFF).to(tl.uint32),
+                    (seed >> 32).to(tl.uint32),
+                    (group & 0xFFFFFFFF).to(tl.uint32),
+                    zero + step,
+                    zero + (sample & 0xFFFFFFFF).to(tl.uint32),
+                    (((group >> 32) << 24) | (1 << 16) | ((sample >> 32) & 0xFFFF)).to(tl.uint32),
+                )
+                z0, z1 = box_muller(r0, r1)
+                z2, z3 = box_muller(r2, r3)
+                z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+            combine_and_store(
+                terms, z, out, denoised, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, SOURCE == PORTABLE, WIDE
             )
-            z0, z1 = box_muller(r0, r1)
-            z2, z3 = box_muller(r2, r3)
-            z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-        combine_and_store(x, h0, h1, h2, h3, h4, guide, noise, out, denoised, e, inside < size, z, w_x, w0, w1, w2, w3, w4, w_noise,
-                          p_x, p_m, p_u, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, SOURCE == PORTABLE, WIDE)  # fmt: skip
+
+
+def compile_options(block: int) -> dict:
+    """For a block of that many elements: eight a thread, which 128-bit accesses of both sizes of types divide."""
+    return {} if INTERPRETED else {"enable_fp_fusion": False, "num_warps": block // 256}
 
 
 def step(
@@ -284,23 +330,26 @@ def step(
     if draws and noise is None and seeds is None:
         source = TORCH.value
         seed, offset, threads = take_torch_stream(x, generator)
-        grid = (triton.cdiv(threads, BLOCK), triton.cdiv(size, 4 * threads))
+        block, turns = 2 * BLOCK, 1
+        grid = (triton.cdiv(threads, block), triton.cdiv(size, 4 * threads))
     else:
         source = NO_NOISE.value if seeds is None or not draws or noise is not None else PORTABLE.value
         if source == PORTABLE.value or plan_index is not None or own_scale:
             samples = x.shape[0] if x.dim() else 1
             size //= samples
-        grid = (triton.cdiv(size, BLOCK) * samples,)
+        large = samples * size >= LARGE and size >= BLOCK * TURNS
+        block, turns = BLOCK, TURNS if large and x.element_size() == 2 and source == PORTABLE.value else 1
+        grid = (triton.cdiv(size, block * turns) * samples,)
     er_sde_step[grid](
         x.contiguous(), *(history + [x] * 5)[:5], x if unconditional is None else unconditional.contiguous(),
         x if noise is None else noise.contiguous(), result, result if predicted is None else predicted,
         x if seeds is None else seeds.to(x.device, non_blocking=True), table, table if plan_index is None else plan_index,
-        table if step_index is None else step_index, scale if own_scale else table, size,
+        table if step_index is None else step_index, scale if own_scale else table, size, samples,
         table.shape[0] if table.dim() == 3 else 1, table.shape[-2], 1.0 if own_scale or scale is None else float(scale),
         seed % 2**64, offset, threads,
         ORDER=order, GIVEN=len(history), INDEXED=0 if step_index is None else 1 if plan_index is None else 2, KIND=kind,
         GUIDED=0 if unconditional is None else 2 if own_scale else 1, HAS_NOISE=noise is not None, SOURCE=source,
-        WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=BLOCK, **OPTIONS,
+        WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=block, TURNS=turns, **compile_options(block),
     )  # fmt: skip
     next_sample = next_sample if result is next_sample else next_sample.copy_(result)
     return next_sample if kind < 0 else (next_sample, denoised if predicted is denoised else denoised.copy_(predicted))

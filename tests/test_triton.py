@@ -36,13 +36,15 @@ def test_compiles(target, source, dtype, kind):
     types = {p.name: p.annotation_type for p in kernel.er_sde_step.params}
     tensors = ["x", "h0", "h1", "h2", "h3", "h4", "guide", "noise", "out", "denoised"]
     types |= dict.fromkeys(tensors, f"*{dtype}") | {"seeds": "*i64", "table": "*fp64", "scales": "*fp64", "size": "i64"}
-    types |= {"plan_index": "*i64", "step_index": "*i64"}
+    types |= {"samples": "i32", "plan_index": "*i64", "step_index": "*i64"}
     constants = dict(ORDER=3, GIVEN=3, INDEXED=0 if kind < 0 else 2, KIND=kind, GUIDED=0 if kind < 0 else 2, HAS_NOISE=False)
-    constants |= dict(SOURCE=source.value, WIDE=False, BLOCK=kernel.BLOCK)
+    turns = kernel.TURNS if dtype == "bf16" and source.value == kernel.PORTABLE.value else 1
+    block = kernel.BLOCK * (2 if source.value == kernel.TORCH.value else 1)
+    constants |= dict(SOURCE=source.value, WIDE=False, BLOCK=block, TURNS=turns)
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in [*tensors, "size", "torch_threads"]}
     code = ASTSource(fn=kernel.er_sde_step, signature={n: types[n] for n in names}, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(code, target=target, options=kernel.OPTIONS)
+    compiled = triton.compile(code, target=target, options=kernel.compile_options(block))
     reads, writes = (4, 1) if kind < 0 else (5, 2)
     if target.backend == "hip":
         loads = [line for line in compiled.asm["amdgcn"].splitlines() if "global_load" in line and "dwordx" in line]

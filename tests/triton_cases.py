@@ -106,6 +106,15 @@ def test_strides_and_out():
     assert torch.equal(x, expected)
 
 
+@pytest.mark.parametrize("size", [4096, 4097, 11_000])
+def test_blocks_one_after_another(size, monkeypatch):
+    monkeypatch.setattr(kernel, "LARGE", 0)
+    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3])
+    x, *history = (torch.randn(2, size).half() for _ in range(4))
+    expected = fast_step(plan, 4, x, history, seed=5, backend="cpu")
+    assert torch.equal(fast_step(plan, 4, x, history, seed=5, backend="triton"), expected)
+
+
 def test_unread_terms():
     plan = er_sde_plan([9, 8, 7, 7, 5, 0])
     x, *history = (torch.randn(2, 40) for _ in range(4))
