@@ -429,13 +429,15 @@ __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant_
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether step_vectors can run this: one 2- or 4-byte type, contiguous and aligned; where samples differ, whole samples.
+// Whether step_vectors can run this: one 2- or 4-byte type, contiguous and aligned; where samples differ, whole samples, and
+// not torch's stream, which runs across them.
 bool fits_vectors(const StepArgs& a) {
   const DType t = a.out.dtype;
   const int64_t item = size_of(t), vector = 16 / item, last = a.ndim - 1;
   if (t == DType::float64 || a.float64 || a.num_terms == 0 || a.rows.ring_stride % 16 != 0) return false;
   if (a.batched) {
     const bool one = a.sizes[0] == 1;
+    if (!one && a.drawn.source == Noise::torch) return false;
     if (a.ndim != 2 || a.first_position != 0 || (!one && (a.sizes[1] % vector != 0 || a.sizes[0] > 65535))) return false;
   } else if (a.ndim != 1) {
     return false;

@@ -126,7 +126,7 @@ def run(
         seeds: a number or int64 [batch, 2].
     """
     shard = [list(global_shape), list(global_start)]
-    if noise is None and seeds is None and draws and not _draws_torch_in_kernel(backend, x, torch_layout):
+    if noise is None and seeds is None and draws and not _draws_torch_in_kernel(backend, x, scale, torch_layout):
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         generator = None
     if backend in ("cuda", "cpu"):
@@ -156,12 +156,12 @@ def written_to(out: Tensor | None, result):
     return (out.copy_(result[0]), *result[1:]) if isinstance(result, tuple) else out.copy_(result)
 
 
-def _draws_torch_in_kernel(backend: str, x: Tensor, torch_layout) -> bool:
+def _draws_torch_in_kernel(backend: str, x: Tensor, scale, torch_layout) -> bool:
     """Whether the backend draws torch's stream itself; elsewhere torch.randn draws it."""
     if backend == "triton":
         from .kernels import er_sde_step
 
-        return er_sde_step.draws_as_torch(x)
+        return not isinstance(scale, Tensor) and er_sde_step.draws_as_torch(x)  # its stream does not know samples
     if backend == "cuda" and _torch_stream_is_as_here(x.device):
         return True
     if torch_layout:

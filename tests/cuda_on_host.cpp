@@ -31,8 +31,8 @@ void step_cpu(const StepArgs& args, int64_t, int64_t) {
       a.drawn.torch_seed_pointer = &seed;
       a.drawn.torch_offset_pointer = &offset;
     }
-    a.batched = false;
-    if (a.ndim == 2 && a.sizes[0] == 1) {  // one dimension, as binding.cpp gives torch's stream
+    a.batched = a.rows.scales != nullptr;
+    if (!a.batched && a.ndim == 2 && a.sizes[0] == 1) {  // one dimension, as binding.cpp gives torch's stream
       a.ndim = 1;
       a.sizes[0] = a.sizes[1];
       for (Operand* o : {&a.out, &a.denoised, &a.guide}) o->strides[0] = o->strides[1];

@@ -200,6 +200,16 @@ def test_torchs_stream(dtype, size, layout):
         assert torch.equal(by_cuda(run, "cpu", noise_alone(), 0, offset_by(x, 1), [], True, seeds=1), vectors)
 
 
+@pytest.mark.parametrize("size", [1023, 1024])
+def test_torchs_stream_across_samples_of_their_own_guidance(size):
+    x, unconditional, *history = torch.randn(5, 2, size).unbind()
+    kwargs = dict(prediction_type="v", guidance=(unconditional, torch.tensor([1.0, 6.0], dtype=torch.float64)))
+    with torch_stream(99, 8, 256):
+        noise = by_cuda(run, "cpu", noise_alone(), 0, torch.zeros(1, 2 * size), [], True, seeds=1).view(2, size)
+        drawn = by_cuda(fast_step, plan_of(3), 4, x, history, seed=1, **kwargs)
+    assert equal(drawn, fast_step(plan_of(3), 4, x, history, noise=noise, **kwargs))
+
+
 @pytest.mark.parametrize("size", [1, 255, 257, 1025])
 def test_torchs_float64_stream_is_normal_and_bounded(size):
     with torch_stream(99, 8, 256):

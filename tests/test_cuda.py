@@ -95,7 +95,7 @@ def test_portable_noise_has_the_same_bits(shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(3, 500_000), (1, 1_000_003), (5, 4097), (300, 7), (2, 3, 64, 64)])
+@pytest.mark.parametrize("shape", [(3, 500_000), (1, 1_000_003), (2, 9_000_001), (5, 4097), (300, 7), (2, 3, 64, 64)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_step_has_the_cpus_bits(backend, shape, dtype):
     """Same predictions, same seed: the same float32 chain in the same order, on the CPU and on the GPU."""
@@ -217,12 +217,14 @@ def test_a_models_output_and_a_mixed_batch_have_the_cpus_bits(backend, dtype, sh
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_models_output_with_torchs_stream(backend, dtype):
+@pytest.mark.parametrize("scale", [2.0, [2.0, 5.0]])
+def test_a_models_output_with_torchs_stream(backend, dtype, scale):
     x, history = inputs((2, 3, 1001), dtype)
+    scale = torch.tensor(scale, dtype=torch.float64, device="cuda") if isinstance(scale, list) else scale
     g, same = torch.Generator("cuda").manual_seed(5), torch.Generator("cuda").manual_seed(5)
-    result = fast_step(PLAN, 3, x, history, generator=g, prediction_type="epsilon", guidance=(x, 2.0), backend=backend)
+    result = fast_step(PLAN, 3, x, history, generator=g, prediction_type="epsilon", guidance=(x, scale), backend=backend)
     noise = torch.randn(x.shape, dtype=dtype, device="cuda", generator=same)
-    expected = fast_step(PLAN, 3, x, history, noise=noise, prediction_type="epsilon", guidance=(x, 2.0), backend=backend)
+    expected = fast_step(PLAN, 3, x, history, noise=noise, prediction_type="epsilon", guidance=(x, scale), backend=backend)
     assert all(torch.equal(r, e) for r, e in zip(result, expected, strict=True)) and g.get_offset() == same.get_offset()
 
 
