@@ -103,9 +103,10 @@ def test_convergence_and_amplification_in_closed_form():
     assert got["all"] == pytest.approx(math.hypot(response, last)) and got["high"] == got["all"]
 
 
-def test_the_network_as_a_problem():
+@pytest.mark.parametrize("classes", [True, False])
+def test_the_network_as_a_problem(classes):
     """Samples nearer to the network's limit with more evaluations; the same cell twice; its levels placed between the ends."""
-    network = Network("cpu", karras_sigmas(12, 0.002, 20.0), samples=40, batch=20)
+    network = Network("cpu", karras_sigmas(12, 0.002, 20.0), classes, samples=40, batch=20)
     few, many = (network.measure(LIMIT, karras_sigmas(n, 0.002, 20.0), 0) for n in (3, 8))
     assert many["frechet"] < few["frechet"] and many["data"] < few["data"]
     assert many == network.measure(LIMIT, karras_sigmas(8, 0.002, 20.0), 0)

@@ -24,6 +24,7 @@ EVALUATIONS = (5, 6, 8, 10, 15, 20, 35, 50)
 SEEDS = (0, 1, 2)
 SAMPLES = 4000
 PROBLEMS = {"mixture": digits_mixture, "digits": digits_themselves}
+NETWORKS = ("network", "network without classes")
 ENDS = (0.01, 40.0)
 ZERO = torch.zeros(1, dtype=torch.float64)
 PILOT_STEPS, LIMIT_STEPS = 50, 150
@@ -63,10 +64,10 @@ SOME = [
     "newton 3, c = 10 std, sde", *RIVALS,
 ]  # fmt: skip
 FLOOR = "exact samples"
-FROM_20 = [
-    "default", "published, order 3", "newton 3, c = 10 std", "newton 3, c = 15 std", "newton 3, c = 10 std, ode", "DPM-Solver++ 2M",
-    "SDE-DPM-Solver++ 2M", "newton 3", "newton 3, c = 30 std", "newton 4, c = 15 std", "UniPC", "newton 2, c = 5 std",
-    "newton 3, c = 5 std", "newton 3, c = 10 std, reverse_time_sde(0.5)", "newton 3, c = 10 std, sde", *BY_LEVEL,
+WITHOUT_CLASSES = [
+    "default", "published, order 3", "newton 3, c = 10 std", "newton 3, c = 10 std, ode", "newton 3, c = 15 std", "DPM-Solver++ 2M", "UniPC",
+    "SDE-DPM-Solver++ 2M", "newton 3", "newton 4, c = 15 std", "newton 3, c = 30 std", "newton 2, c = 10 std", "newton 3, c = 5 std",
+    "newton 3, c = 10 std, reverse_time_sde(0.5)", "newton 3, c = 10 std, sde", "published, order 1", "published, order 2",
 ]  # fmt: skip
 PLACED = [
     "default",
@@ -174,27 +175,26 @@ def cells():
 
 
 def network_cells(device: str):
-    """The same of the trained network."""
+    """The same of the trained network, the one that is told the class of its samples and the one that is not."""
     from network import LIMIT, STD, Network
 
-    spacings = {"network": karras_sigmas, "network from 20": lambda n: karras_sigmas(n, 0.002, 20.0)}
-    network = functools.cache(lambda name: Network(device, spacings[name](LIMIT_STEPS)))
+    network = functools.cache(lambda name: Network(device, karras_sigmas(LIMIT_STEPS), name == NETWORKS[0]))
 
     @functools.cache
     def levels(name, n):
         name, _, placed = name.partition(", ")
-        return network(name).placed(spacings[name](PILOT_STEPS), n) if placed else spacings[name](n)
+        return network(name).placed(karras_sigmas(PILOT_STEPS), n) if placed else karras_sigmas(n)
 
     def cell(name, run, n, seed):
         return network(name.partition(", ")[0]).measure(run, levels(name, steps_of(run, n)), seed)
 
     samplers = contenders(STD)
     few = (5, 6, 8, 10, 15, 20)
-    plan = [(name, FLOOR, [LIMIT_STEPS]) for name in ("network", "network from 20")]
-    plan += [("network", sampler, few) for sampler in ON_NETWORK]
-    plan += [("network from 20", sampler, (6, 8, 10, 15)) for sampler in FROM_20]
-    plan += [("network", sampler, (8, 10, 20)) for sampler in RIVALS if sampler not in ON_NETWORK]
-    plan += [(f"{name}, placed", sampler, (6, 8, 10)) for name in ("network from 20", "network") for sampler in PLACED]
+    plan = [(name, FLOOR, [LIMIT_STEPS]) for name in NETWORKS]
+    plan += [(NETWORKS[0], sampler, few) for sampler in ON_NETWORK]
+    plan += [(NETWORKS[1], sampler, few) for sampler in WITHOUT_CLASSES]
+    plan += [(name, sampler, (8, 10, 20)) for name in NETWORKS for sampler in RIVALS if sampler not in ON_NETWORK]
+    plan += [(f"{name}, placed", sampler, (6, 8, 10)) for name in NETWORKS for sampler in PLACED]
     for name, sampler, evaluations in plan:
         run = LIMIT if sampler == FLOOR else samplers[sampler]
         for n in evaluations:

@@ -27,25 +27,27 @@ def network_on(device: str):
 
 
 class Network:
-    """Runs samplers on the network with samples of all classes alike, the noise of each seed the same for every sampler.
+    """Runs samplers on the network, the noise of each seed the same for every sampler.
 
     Args:
         limit_sigmas: the levels of the run that is taken for the network's limit.
+        classes: whether samples have a class, all of them alike often, or the network finds one itself.
         samples: a multiple of the batch, that of 10.
     """
 
-    def __init__(self, device: str, limit_sigmas: Tensor, samples: int = 10_000, batch: int = 2_000):
+    def __init__(self, device: str, limit_sigmas: Tensor, classes: bool, samples: int = 10_000, batch: int = 2_000):
         self.device, self.samples, self.batch = device, samples, batch
         self.net = network_on(device)
         self.classifier = load_features().to(device)
-        self.labels = F.one_hot(torch.arange(batch, device=device) % 10, 10).float()
+        self.labels = F.one_hot(torch.arange(batch, device=device) % 10, 10).float() if classes else None
         self.data = self.classifier.mean.double().cpu(), self.classifier.covariance.double().cpu()
         self.limit = moments(self.features(self.run(LIMIT, limit_sigmas, 100)))
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         level = torch.tensor(sigma, dtype=torch.float32, device=self.device)
-        return torch.cat([self.net(part.float(), level, self.labels) for part in x.split(self.batch)]).to(x.dtype)
+        with torch.autocast(self.device, torch.float16, enabled=self.device != "cpu"):
+            return torch.cat([self.net(part.float(), level, self.labels) for part in x.split(self.batch)]).to(x.dtype)
 
     def placed(self, pilot: Tensor, num_steps: int) -> Tensor:
         """Levels by the local error on the network, of a pilot of one batch."""
@@ -61,7 +63,8 @@ class Network:
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        return torch.cat([self.classifier.features(part.float()) for part in x.split(self.batch)]).double().cpu()
+        """Of the images as they would be saved: without what lies outside [-1, 1]."""
+        return torch.cat([self.classifier.features(part.float().clamp(-1, 1)) for part in x.split(self.batch)]).double().cpu()
 
     def measure(self, run, sigmas: Tensor, seed: int) -> dict:
         """One cell: squared Frechet distances to the network's limit and to its data."""
