@@ -133,7 +133,8 @@ def fast_step_dtensor(plan: Plan, i: int, x: DTensor, history: list[DTensor], *,
     """`ersde_fast.fast_step` of latents that are split over processes: each steps its own part, and nothing is communicated.
 
     Gathered, the result has the bits of the step of the whole. Args and result are those of `fast_step`, x, the history and the
-    unconditional output DTensors on one mesh with one placement; only the portable stream can be drawn so.
+    unconditional output DTensors on one mesh with one placement, seeds and scales those of the whole batch; only the portable
+    stream can be drawn so.
 
     Raises:
         ValueError: placements that differ, that are partial sums, or that no chunk describes.
@@ -145,10 +146,14 @@ def fast_step_dtensor(plan: Plan, i: int, x: DTensor, history: list[DTensor], *,
             raise ValueError(f"{name} must be split as x is, {x.placements}, got {how}: use {name}.redistribute")
     start, size = _local_range(x.shape, x.device_mesh, x.placements)
     pairs = seed_table(seed, x.shape[0])[start[0] : start[0] + size[0]]
+    if guidance is not None:
+        scale = guidance[1]
+        if isinstance(scale, torch.Tensor) and scale.shape == x.shape[:1]:
+            scale = scale[start[0] : start[0] + size[0]]
+        guidance = guidance[0].to_local(), scale
     result = fast_step(
         plan, i, x.to_local(), [denoised.to_local() for denoised in history], seed=pairs, prediction_type=prediction_type,
-        guidance=None if guidance is None else (guidance[0].to_local(), guidance[1]), global_shape=tuple(x.shape[1:]),
-        global_start=tuple(start[1:]),
+        guidance=guidance, global_shape=tuple(x.shape[1:]), global_start=tuple(start[1:]),
     )  # fmt: skip
     whole = lambda part: DTensor.from_local(  # noqa: E731
         part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
