@@ -73,6 +73,7 @@ def generate(
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     written = len(seeds) - len(missing)
     with tqdm(total=len(seeds), initial=written, unit="sample", disable=not progress or rank > 0) as bar:
+        sums = _Sums(rank, group, folder, written)
         for round_ in range(0, len(batches), world):
             batch, error = batches[round_ + rank] if round_ + rank < len(batches) else [], None
             try:
@@ -81,13 +82,11 @@ def generate(
                     _write(folder / f"samples-{seeds.index(batch[0]):09d}.safetensors", batch, samples, run)
             except BaseException as caught:  # the others must not wait for this process
                 error = caught
-            count = _sum_over_processes([len(batch) if error is None else 0, error is not None], rank, group, folder, written)
-            written += count[0]
-            bar.update(count[0])
-            if error is not None:
-                raise error
-            if count[1]:
-                raise RuntimeError(_kept(f"{count[1]} of the other processes failed: see their messages", folder, written))
+            bar.update(sums.hear(own_error=error))
+            sums.say(len(batch) if error is None else 0, error is not None)
+            if error is not None or group is None:
+                bar.update(sums.hear(own_error=error))
+        bar.update(sums.hear())
     _from_first(lambda: _write_index(folder, run, seeds, shape, dtype), rank, group)
     if group is not None:
         dist.destroy_process_group(group)
@@ -233,19 +232,34 @@ def _from_first(function: Callable, rank: int, group):
     return message[0]
 
 
-def _sum_over_processes(counts: list[int], rank: int, group, folder: Path, written: int) -> list[int]:
-    if group is None:
-        return counts
-    total = torch.tensor(counts)
-    try:
-        dist.all_reduce(total, group=group)
-    except RuntimeError as error:
-        raise RuntimeError(_kept(f"another process than rank {rank} has died", folder, written)) from error
-    return total.tolist()
+class _Sums:
+    """What the processes add up after each round, heard one round later: none waits for the others but when it is a round ahead."""
 
+    def __init__(self, rank: int, group, folder: Path, written: int):
+        self.rank, self.group, self.folder, self.written = rank, group, folder, written
+        self.total = self.work = None
 
-def _kept(what: str, folder: Path, written: int) -> str:
-    return f"{what}; at least {written} samples are in {folder}: call generate again for the rest"
+    def say(self, samples: int, failed: bool) -> None:
+        self.total = torch.tensor([samples, failed])
+        self.work = None if self.group is None else dist.all_reduce(self.total, group=self.group, async_op=True)
+
+    def hear(self, own_error: BaseException | None = None) -> int:
+        """The samples of the round last said; an error if a process failed in it or has died."""
+        if self.total is None:
+            return 0
+        try:
+            if self.work is not None:
+                self.work.wait()
+        except RuntimeError as error:
+            raise own_error or RuntimeError(self._kept(f"another process than rank {self.rank} has died")) from error
+        samples, failed = self.total.tolist()
+        self.total, self.written = None, self.written + samples
+        if failed:
+            raise own_error or RuntimeError(self._kept(f"{failed} of the other processes failed: see their messages"))
+        return samples
+
+    def _kept(self, what: str) -> str:
+        return f"{what}; at least {self.written} samples are in {self.folder}: call generate again for the rest"
 
 
 def _fingerprint(plan: Plan, shape: tuple[int, ...], dtype: torch.dtype) -> str:
