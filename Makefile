@@ -62,7 +62,7 @@ bench: env
 	$(PY) -m pytest bench $(if $(RESULTS),--benchmark-json=$(RESULTS))
 	$(if $(RESULTS),$(PY) bench/report.py $(RESULTS))
 
-# Measures what bench/quality/results.json lacks; remove that file to measure all of it anew (35 minutes and, for the network, a GPU).
+# Measures what bench/quality/results.json lacks; remove that file to measure all of it anew (31 minutes and, for the network, a GPU).
 quality: env
 	$(PY) bench/quality/study.py
 
