@@ -218,8 +218,9 @@ def test_a_models_output_and_a_mixed_batch_have_the_cpus_bits(backend, dtype, sh
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [2.0, [2.0, 5.0]])
-def test_a_models_output_with_torchs_stream(backend, dtype, scale):
-    x, history = inputs((2, 3, 1001), dtype)
+@pytest.mark.parametrize("last", [1000, 1001])
+def test_a_models_output_with_torchs_stream(backend, dtype, scale, last):
+    x, history = inputs((2, 3, last), dtype)
     scale = torch.tensor(scale, dtype=torch.float64, device="cuda") if isinstance(scale, list) else scale
     g, same = torch.Generator("cuda").manual_seed(5), torch.Generator("cuda").manual_seed(5)
     result = fast_step(PLAN, 3, x, history, generator=g, prediction_type="epsilon", guidance=(x, scale), backend=backend)
