@@ -137,15 +137,12 @@ def tables(results: dict) -> dict[str, str]:
         "convergence": convergence(results), "amplification": amplification(results),
     }  # fmt: skip
     if over_seeds(results, "network", "default", 8):
-        told, untold = cells.NETWORKS
-        listed = {told: network, untold: [s for s in network if s in cells.WITHOUT_CLASSES or s in RIVALS]}
-        for name, samplers in listed.items():
-            measured = [s for s in chosen if s in samplers]
+        for name in cells.NETWORKS:
             made |= {
-                name: by_evaluations(results, name, "frechet", few, samplers),
-                f"{name} data": by_evaluations(results, name, "data", few, samplers),
-                f"{name} excess": shares(results, name, measured, (5, 6, 8, 10, 15), name),
-                f"{name} data excess": shares(results, name, measured, (5, 6, 8, 10), name, "data"),
+                name: by_evaluations(results, name, "frechet", few, network),
+                f"{name} data": by_evaluations(results, name, "data", few, network),
+                f"{name} excess": shares(results, name, chosen, (5, 6, 8, 10, 15), name),
+                f"{name} data excess": shares(results, name, chosen, (5, 6, 8, 10), name, "data"),
                 f"placed {name} excess": shares(results, f"{name}, placed", cells.PLACED, (6, 8, 10), name),
             }
         made |= {
