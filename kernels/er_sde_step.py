@@ -118,10 +118,10 @@ def read(data, e, mask, w):
 
 @triton.jit
 def read_terms(
-    x, h0, h1, h2, h3, h4, guide, noise, e, mask, weights,
-    GIVEN: tl.constexpr, PREDICTS: tl.constexpr, GUIDED: tl.constexpr, HAS_NOISE: tl.constexpr,
-):  # fmt: skip
+    tensors, e, mask, weights, GIVEN: tl.constexpr, PREDICTS: tl.constexpr, GUIDED: tl.constexpr, HAS_NOISE: tl.constexpr
+):
     """What the step of elements e reads; x stands for a term that it does not have."""
+    x, h0, h1, h2, h3, h4, guide, noise = tensors
     w_x, w0, w1, w2, w3, w4, w_noise, p_x, p_m, p_u = weights
     t_x = tl.load(x + e, mask=mask & ((w_x != 0) | (p_x != 0)), other=0.0)
     t0, t1, t2, t3, t4, t_u, t_z = t_x, t_x, t_x, t_x, t_x, t_x, t_x
@@ -202,7 +202,7 @@ def er_sde_step(
     The row: INDEXED 0, the table's first; 1, step_index[0]; 2, [plan_index[b], step_index[b]] for sample b.
     """
     blocks = tl.cdiv(size, BLOCK * TURNS).to(tl.int32)  # the grid has 31 bits; dividing 64 would be most of a small program
-    b = tl.program_id(0) * 0
+    b = tl.full([], 0, tl.int32)
     if SOURCE != TORCH and samples > 1:
         b = tl.program_id(0) // blocks
     at = tl.full([], 0, tl.int64)
@@ -236,6 +236,7 @@ def er_sde_step(
         seed = tl.load(seeds + 2 * b).to(tl.uint64, bitcast=True)
         sample = tl.load(seeds + 2 * b + 1)
         step = tl.load(row + ORDER + 1 + BEHIND, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
+    tensors = x, h0, h1, h2, h3, h4, guide, noise
     acc: tl.constexpr = tl.float64 if WIDE else tl.float32
     weights = (
         tl.full([BLOCK], w_x, acc), tl.full([BLOCK], w0, acc), tl.full([BLOCK], w1, acc), tl.full([BLOCK], w2, acc),
@@ -247,7 +248,7 @@ def er_sde_step(
         turn = tl.program_id(1).to(tl.int64)
         e = turn * 4 * torch_threads + s
         mask = (s < torch_threads) & (e < size)
-        terms = read_terms(x, h0, h1, h2, h3, h4, guide, noise, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
+        terms = read_terms(tensors, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
         counter = (torch_offset // 4 + turn).to(tl.uint64)
         zero = tl.zeros([BLOCK], tl.uint32)
         r0, r1, r2, r3 = philox(
@@ -267,9 +268,7 @@ def er_sde_step(
             next_mask = (s < torch_threads) & (next_e < size)
             next_terms = terms
             if place < 3:
-                next_terms = read_terms(
-                    x, h0, h1, h2, h3, h4, guide, noise, next_e, next_mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE
-                )
+                next_terms = read_terms(tensors, next_e, next_mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
             combine_and_store(terms, z, out, denoised, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, True, WIDE)
             e, mask, terms = next_e, next_mask, next_terms
     else:
@@ -280,7 +279,7 @@ def er_sde_step(
             inside = first + tl.arange(0, BLOCK)
             mask = inside < size
             e = b.to(tl.int64) * size + inside
-            terms = read_terms(x, h0, h1, h2, h3, h4, guide, noise, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
+            terms = read_terms(tensors, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
             z = tl.zeros([BLOCK], tl.float32)
             if SOURCE == PORTABLE:
                 group = first // 4 + tl.arange(0, BLOCK // 4)
@@ -298,6 +297,14 @@ def er_sde_step(
             combine_and_store(
                 terms, z, out, denoised, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, SOURCE == PORTABLE, WIDE
             )
+
+
+def blocks_of(source: int, item: int, samples: int, size: int) -> tuple[int, int]:
+    """BLOCK and TURNS of a program, for samples of `size` elements of `item` bytes."""
+    if source == TORCH.value:
+        return 2 * BLOCK, 1
+    large = samples * size >= LARGE and size >= BLOCK * TURNS
+    return BLOCK, TURNS if large and item == 2 and source == PORTABLE.value else 1
 
 
 def compile_options(block: int) -> dict:
@@ -330,15 +337,15 @@ def step(
     if draws and noise is None and seeds is None:
         source = TORCH.value
         seed, offset, threads = take_torch_stream(x, generator)
-        block, turns = 2 * BLOCK, 1
-        grid = (triton.cdiv(threads, block), triton.cdiv(size, 4 * threads))
     else:
         source = NO_NOISE.value if seeds is None or not draws or noise is not None else PORTABLE.value
         if source == PORTABLE.value or plan_index is not None or own_scale:
             samples = x.shape[0] if x.dim() else 1
             size //= samples
-        large = samples * size >= LARGE and size >= BLOCK * TURNS
-        block, turns = BLOCK, TURNS if large and x.element_size() == 2 and source == PORTABLE.value else 1
+    block, turns = blocks_of(source, x.element_size(), samples, size)
+    if source == TORCH.value:
+        grid = (triton.cdiv(threads, block), triton.cdiv(size, 4 * threads))
+    else:
         grid = (triton.cdiv(size, block * turns) * samples,)
     er_sde_step[grid](
         x.contiguous(), *(history + [x] * 5)[:5], x if unconditional is None else unconditional.contiguous(),

@@ -38,8 +38,7 @@ def test_compiles(target, source, dtype, kind):
     types |= dict.fromkeys(tensors, f"*{dtype}") | {"seeds": "*i64", "table": "*fp64", "scales": "*fp64", "size": "i64"}
     types |= {"samples": "i32", "plan_index": "*i64", "step_index": "*i64"}
     constants = dict(ORDER=3, GIVEN=3, INDEXED=0 if kind < 0 else 2, KIND=kind, GUIDED=0 if kind < 0 else 2, HAS_NOISE=False)
-    turns = kernel.TURNS if dtype == "bf16" and source.value == kernel.PORTABLE.value else 1
-    block = kernel.BLOCK * (2 if source.value == kernel.TORCH.value else 1)
+    block, turns = kernel.blocks_of(source.value, {"fp32": 4, "bf16": 2}[dtype], 1, kernel.LARGE)
     constants |= dict(SOURCE=source.value, WIDE=False, BLOCK=block, TURNS=turns)
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in [*tensors, "size", "torch_threads"]}
