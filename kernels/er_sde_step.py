@@ -47,6 +47,20 @@ def bits_as_float(bits: tl.constexpr, like):
 
 
 @triton.jit
+def square_root(x, positive, NVIDIA: tl.constexpr):
+    """The correctly rounded square root of x in [2^-40, 64), or 0; positive: x, and in the place of a 0 anything above it."""
+    if NVIDIA:  # as sqrt_ of csrc/er_sde_math.h, without the branch of sqrt_rn
+        inverse = tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [positive], tl.float32, is_pure=True, pack=1
+        )
+        near = x * inverse
+        root = tl.fma(tl.fma(near * -1.0, near, x), inverse * 0.5, near)
+    else:
+        root = tl.sqrt_rn(x)
+    return root
+
+
+@triton.jit
 def philox(k0, k1, c0, c1, c2, c3):
     """Philox4x32-10 of blocks of counters; the keys are single numbers."""
     for _ in tl.static_range(10):
@@ -60,7 +74,7 @@ def philox(k0, k1, c0, c1, c2, c3):
 
 
 @triton.jit
-def box_muller(a, b):
+def box_muller(a, b, NVIDIA: tl.constexpr):
     """Two normals of the portable stream from two words; see ersde_fast/noise.py."""
     x = a.to(tl.float32) + 0.5
     bits = x.to(tl.uint32, bitcast=True)
@@ -76,7 +90,8 @@ def box_muller(a, b):
     p = fma(p, f, bits_as_float(0x3F800000, f))
     p = fma(p, f, bits_as_float(0xC0000000, f))
     k = exponent.to(tl.int32, bitcast=True).to(tl.float32)
-    r = tl.sqrt_rn(fma(p, f, fma(k, bits_as_float(0xB4317218, f), bits_as_float(0x2B800000, f))))
+    square = fma(p, f, fma(k, bits_as_float(0xB4317218, f), bits_as_float(0x2B800000, f)))
+    r = square_root(square, square, NVIDIA)
     t = (b * 4 + 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
     q = t * t
     sine = bits_as_float(0xBB998CC7, f)
@@ -98,8 +113,47 @@ def torch_pair(x, y):
     """cuRAND's pair of float32 normals, as torch's own kernel rounds it on NVIDIA GPUs."""
     u = tl.fma(x.to(tl.float32), 2.3283064e-10, 2.3283064e-10 / 2)
     v = tl.fma(y.to(tl.float32), 2.3283064e-10 * 6.2831855, 2.3283064e-10 * 6.2831855 / 2)
-    s = tl.sqrt_rn(-2.0 * libdevice.log(u))
+    square = -2.0 * libdevice.log(u)
+    s = square_root(square, tl.maximum(square, 1e-12), True)
     return libdevice.fast_sinf(v) * s, libdevice.fast_cosf(v) * s
+
+
+@triton.jit
+def four_normals(n, seed, step, sample, torch_counter, SOURCE: tl.constexpr, NVIDIA: tl.constexpr):
+    """Of each group n of the portable stream its four normals; of each subsequence n of torch's those of its four places."""
+    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
+    zero = tl.zeros(n.shape, tl.uint32)
+    if SOURCE == TORCH:
+        c0, c1 = (torch_counter & 0xFFFFFFFF).to(tl.uint32), (torch_counter >> 32).to(tl.uint32)
+        r0, r1, r2, r3 = philox(k0, k1, zero + c0, zero + c1, n.to(tl.uint32), zero)
+        z0, z1 = torch_pair(r0, r1)
+        z2, z3 = torch_pair(r2, r3)
+    else:
+        c0, c2 = (n & 0xFFFFFFFF).to(tl.uint32), (sample & 0xFFFFFFFF).to(tl.uint32)
+        c3 = (((n >> 32) << 24) | (1 << 16) | ((sample >> 32) & 0xFFFF)).to(tl.uint32)
+        r0, r1, r2, r3 = philox(k0, k1, c0, zero + step, zero + c2, c3)
+        z0, z1 = box_muller(r0, r1, NVIDIA)
+        z2, z3 = box_muller(r2, r3, NVIDIA)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def normals(
+    n, seed, step, sample, torch_counter, EACH: tl.constexpr, APART: tl.constexpr, SOURCE: tl.constexpr, NVIDIA: tl.constexpr
+):
+    """four_normals of EACH numbers n, n + APART, ..., each result interleaved: in the order of its numbers.
+
+    They are drawn apart, a thread those of its n, and then joined in its registers. Drawn as one block they would lie in other
+    threads than the tensors' elements, and go there through shared memory.
+    """
+    if EACH == 1:
+        z0, z1, z2, z3 = four_normals(n, seed, step, sample, torch_counter, SOURCE, NVIDIA)
+    else:
+        a0, a1, a2, a3 = normals(n, seed, step, sample, torch_counter, EACH // 2, 2 * APART, SOURCE, NVIDIA)
+        b0, b1, b2, b3 = normals(n + APART, seed, step, sample, torch_counter, EACH // 2, 2 * APART, SOURCE, NVIDIA)
+        z0, z1 = tl.interleave(a0, b0), tl.interleave(a1, b1)
+        z2, z3 = tl.interleave(a2, b2), tl.interleave(a3, b3)
+    return z0, z1, z2, z3
 
 
 @triton.jit
@@ -196,6 +250,7 @@ def er_sde_step(
     num_plans: "i64", num_steps: "i64", scale: "fp64", torch_seed: "u64", torch_offset: "i64", torch_threads: "i64",
     ORDER: tl.constexpr, GIVEN: tl.constexpr, INDEXED: tl.constexpr, KIND: tl.constexpr, GUIDED: tl.constexpr,
     HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of a sample times samples, size = elements of a sample; torch's stream: (blocks, turns), size = all elements.
 
@@ -237,6 +292,8 @@ def er_sde_step(
         sample = tl.load(seeds + 2 * b + 1)
         step = tl.load(row + ORDER + 1 + BEHIND, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
     tensors = x, h0, h1, h2, h3, h4, guide, noise
+    EACH: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth  # neighbours that a thread reads at once
+    GROUPS: tl.constexpr = EACH // 4 if EACH > 4 else 1
     acc: tl.constexpr = tl.float64 if WIDE else tl.float32
     weights = (
         tl.full([BLOCK], w_x, acc), tl.full([BLOCK], w0, acc), tl.full([BLOCK], w1, acc), tl.full([BLOCK], w2, acc),
@@ -249,18 +306,9 @@ def er_sde_step(
         e = turn * 4 * torch_threads + s
         mask = (s < torch_threads) & (e < size)
         terms = read_terms(tensors, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
+        n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK // EACH) * EACH
         counter = (torch_offset // 4 + turn).to(tl.uint64)
-        zero = tl.zeros([BLOCK], tl.uint32)
-        r0, r1, r2, r3 = philox(
-            (torch_seed & 0xFFFFFFFF).to(tl.uint32),
-            (torch_seed >> 32).to(tl.uint32),
-            zero + (counter & 0xFFFFFFFF).to(tl.uint32),
-            zero + (counter >> 32).to(tl.uint32),
-            s.to(tl.uint32),
-            zero,
-        )
-        z0, z1 = torch_pair(r0, r1)
-        z2, z3 = torch_pair(r2, r3)
+        z0, z1, z2, z3 = normals(n, torch_seed, 0, 0, counter, EACH, 1, SOURCE, NVIDIA)
         for place in tl.static_range(4):
             z = z0 if place == 0 else z1 if place == 1 else z2 if place == 2 else z3
             z = z.to(out.dtype.element_ty)  # torch rounds the noise itself
@@ -272,7 +320,6 @@ def er_sde_step(
             combine_and_store(terms, z, out, denoised, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, True, WIDE)
             e, mask, terms = next_e, next_mask, next_terms
     else:
-        zero = tl.zeros([BLOCK // 4], tl.uint32)
         block = (tl.program_id(0) - b * blocks).to(tl.int64) * TURNS
         for turn in range(TURNS):
             first = (block + turn) * BLOCK
@@ -282,17 +329,8 @@ def er_sde_step(
             terms = read_terms(tensors, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
             z = tl.zeros([BLOCK], tl.float32)
             if SOURCE == PORTABLE:
-                group = first // 4 + tl.arange(0, BLOCK // 4)
-                r0, r1, r2, r3 = philox(
-                    (seed & 0xFFFFFFFF).to(tl.uint32),
-                    (seed >> 32).to(tl.uint32),
-                    (group & 0xFFFFFFFF).to(tl.uint32),
-                    zero + step,
-                    zero + (sample & 0xFFFFFFFF).to(tl.uint32),
-                    (((group >> 32) << 24) | (1 << 16) | ((sample >> 32) & 0xFFFF)).to(tl.uint32),
-                )
-                z0, z1 = box_muller(r0, r1)
-                z2, z3 = box_muller(r2, r3)
+                n = first // 4 + tl.arange(0, BLOCK // 4 // GROUPS) * GROUPS
+                z0, z1, z2, z3 = normals(n, seed, step, sample, 0, GROUPS, 1, SOURCE, NVIDIA)
                 z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
             combine_and_store(
                 terms, z, out, denoised, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, SOURCE == PORTABLE, WIDE
@@ -356,7 +394,8 @@ def step(
         seed % 2**64, offset, threads,
         ORDER=order, GIVEN=len(history), INDEXED=0 if step_index is None else 1 if plan_index is None else 2, KIND=kind,
         GUIDED=0 if unconditional is None else 2 if own_scale else 1, HAS_NOISE=noise is not None, SOURCE=source,
-        WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=block, TURNS=turns, **compile_options(block),
+        WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=block, TURNS=turns,
+        NVIDIA=not INTERPRETED and torch.version.cuda is not None, **compile_options(block),
     )  # fmt: skip
     next_sample = next_sample if result is next_sample else next_sample.copy_(result)
     return next_sample if kind < 0 else (next_sample, denoised if predicted is denoised else denoised.copy_(predicted))

@@ -44,6 +44,19 @@ def test_torchs_stream_bit_for_bit(backend, dtype, size):
         assert drawn.get_offset() == read.get_offset()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_largest_words_give_zero(backend, dtype):
+    """They are rounded to u = 1: the radius is the square root of 0 then. One word in 2^25; this seed has one on cards of 44
+    multiprocessors and more."""
+    x, history = inputs(2**20, dtype)
+    g = lambda: torch.Generator("cuda").manual_seed(69)  # noqa: E731
+    noise = torch.randn(x.shape, dtype=dtype, device="cuda", generator=g())
+    assert (noise == 0).any()
+    result = fast_step(PLAN, 3, x, history, generator=g(), backend=backend)
+    assert torch.equal(bits(result), bits(fast_step(PLAN, 3, x, history, noise=noise, backend=backend)))
+
+
 def test_the_stream_was_compared_and_found_as_here():
     x, history = inputs(1000)
     fast_step(PLAN, 3, x, history)

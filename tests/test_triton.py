@@ -29,7 +29,7 @@ def test_interpreted():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", [-1, 2], ids=["predictions", "model output"])
 def test_compiles(target, source, dtype, kind):
-    """For each GPU; on NVIDIA's every access of the tensors is 128 bits wide."""
+    """For each GPU; on NVIDIA's every access of the tensors is 128 bits wide, and nothing goes through shared memory."""
     if target.backend == "hip" and source.value == kernel.TORCH.value:
         return  # torch draws otherwise there, and the step never asks for it
     names = [p.name for p in kernel.er_sde_step.params]
@@ -39,7 +39,7 @@ def test_compiles(target, source, dtype, kind):
     types |= {"samples": "i32", "plan_index": "*i64", "step_index": "*i64"}
     constants = dict(ORDER=3, GIVEN=3, INDEXED=0 if kind < 0 else 2, KIND=kind, GUIDED=0 if kind < 0 else 2, HAS_NOISE=False)
     block, turns = kernel.blocks_of(source.value, {"fp32": 4, "bf16": 2}[dtype], 1, kernel.LARGE)
-    constants |= dict(SOURCE=source.value, WIDE=False, BLOCK=block, TURNS=turns)
+    constants |= dict(SOURCE=source.value, WIDE=False, BLOCK=block, TURNS=turns, NVIDIA=target.backend == "cuda")
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in [*tensors, "size", "torch_threads"]}
     code = ASTSource(fn=kernel.er_sde_step, signature={n: types[n] for n in names}, constexprs=constants, attrs=aligned)
@@ -55,4 +55,4 @@ def test_compiles(target, source, dtype, kind):
         ]  # the table and the seeds are single numbers
         stores = [line for line in lines if "st.global" in line]
         assert len(loads) >= reads and len(stores) >= writes and all(".v4" in line for line in loads + stores)
-        assert "fma.rn.f32" in compiled.asm["ptx"]
+        assert "fma.rn.f32" in compiled.asm["ptx"] and compiled.metadata.shared == 0
