@@ -10,6 +10,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/Generator.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -56,11 +57,8 @@ bool dtype_of(const at::Tensor& t, DType& out) {
   }
 }
 
-bool get_tensor(py::handle h, at::Tensor& out) {
-  if (!THPVariable_Check(h.ptr())) return false;
-  out = THPVariable_Unpack(h.ptr());
-  return true;
-}
+// The tensor of a Python object, which owns it; nullptr where it is something else.
+const at::Tensor* tensor_of(py::handle h) { return THPVariable_Check(h.ptr()) ? &THPVariable_Unpack(h.ptr()) : nullptr; }
 
 // A plain strided tensor with memory of its own: not a subclass that dispatches to Python, not a functorch wrapper, not a
 // lazy conjugate or negative.
@@ -92,26 +90,28 @@ at::Tensor memory_like(const at::Tensor& x) {
 
 // A tensor that a kernel reads or writes, and what the kernel is told of it.
 struct Pair {
-  at::Tensor tensor;
+  const at::Tensor* tensor;
   ersde::Operand* operand;
 };
+using Pairs = c10::SmallVector<Pair, ersde::kMaxTerms + 3>;
 
 // Sizes, and strides of every operand (out last), adjacent dimensions merged where all allow it. A drawn stream counts
 // positions, so the order of the dimensions is kept; where samples differ the batch stays dimension 0 too. Otherwise dimensions
 // are ordered by the strides of out, so that channels_last is walked as it lies.
-void set_shape(StepArgs& a, const std::vector<Pair>& pairs, at::IntArrayRef global_shape, at::IntArrayRef global_start) {
+void set_shape(StepArgs& a, const Pairs& pairs, at::IntArrayRef global_shape, at::IntArrayRef global_start) {
   const bool portable = a.drawn.source == ersde::Noise::portable;
-  const auto sizes = pairs.back().tensor.sizes();
+  const auto sizes = pairs.back().tensor->sizes();
   const int dims = (int)sizes.size();
   std::array<int, ersde::kMaxDims> order{};
   int kept = 0;
   for (int d = 0; d < dims; ++d) {
     if (sizes[d] != 1 || (a.batched && d == 0)) order[kept++] = d;
   }
-  if (a.drawn.source == ersde::Noise::none) {
-    const int first = a.batched && kept > 0 ? 1 : 0;
-    const auto strides = pairs.back().tensor.strides();
-    std::stable_sort(order.begin() + first, order.begin() + kept, [&](int i, int j) { return strides[i] > strides[j]; });
+  if (a.drawn.source == ersde::Noise::none && !pairs.back().tensor->is_contiguous()) {
+    const auto strides = pairs.back().tensor->strides();
+    const auto longer = [&](int i, int j) { return strides[i] > strides[j]; };
+    const auto first = order.begin() + (a.batched && kept > 0);
+    for (auto it = first; it < order.begin() + kept; ++it) std::rotate(std::upper_bound(first, it, *it, longer), it, it + 1);
   }
   std::array<int64_t, ersde::kMaxDims> position{};
   a.first_position = 0;
@@ -123,7 +123,7 @@ void set_shape(StepArgs& a, const std::vector<Pair>& pairs, at::IntArrayRef glob
       stride *= global_shape.empty() ? sizes[d] : global_shape[d - 1];
     }
   }
-  const auto stride_of = [](const Pair& p, int d) { return p.tensor.stride(d) * ersde::size_of(p.operand->dtype); };
+  const auto stride_of = [](const Pair& p, int d) { return p.tensor->strides()[d] * ersde::size_of(p.operand->dtype); };
   a.ndim = 0;
   for (int n = 0; n < kept; ++n) {
     const int d = order[n], last = a.ndim - 1;
@@ -143,12 +143,25 @@ void set_shape(StepArgs& a, const std::vector<Pair>& pairs, at::IntArrayRef glob
   }
 }
 
-void run(const StepArgs& args, const at::Device& device) {
+// Makes the device of a tensor the current one, where it is not: to ask costs less than to set and set back.
+struct OnDevice {
+#ifdef ERSDE_WITH_CUDA
+  std::optional<c10::cuda::CUDAGuard> guard;
+  explicit OnDevice(const at::Device& device) {
+    if (device.is_cuda() && c10::cuda::current_device() != device.index()) guard.emplace(device);
+  }
+#else
+  explicit OnDevice(const at::Device&) {}
+#endif
+};
+
+// The device is the current one; the pairs are what the arguments point into.
+void run(const StepArgs& args, const Pairs& pairs, const at::Device& device) {
 #ifdef ERSDE_WITH_CUDA
   if (device.is_cuda()) {
-    const c10::cuda::CUDAGuard guard(device);
-    const cudaDeviceProp* card = at::cuda::getCurrentDeviceProperties();
-    const char* error = ersde::step_cuda(args, {at::cuda::getCurrentCUDAStream().stream(), card->multiProcessorCount, card->major >= 9});
+    const cudaDeviceProp* card = at::cuda::getDeviceProperties(device.index());
+    void* stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+    const char* error = ersde::step_cuda(args, {stream, card->multiProcessorCount, card->major >= 9});
     TORCH_CHECK(error == nullptr, "ersde_fast: the CUDA kernel could not be launched: ", error);
     return;
   }
@@ -157,6 +170,8 @@ void run(const StepArgs& args, const at::Device& device) {
     ersde::step_cpu(args, 0, args.numel);
     return;
   }
+  std::vector<at::Tensor> kept;  // while other threads of Python may let go of them
+  for (const auto& p : pairs) kept.push_back(*p.tensor);
   py::gil_scoped_release release;
   at::parallel_for(0, args.numel, kGrain, [&](int64_t begin, int64_t end) { ersde::step_cpu(args, begin, end); });
 }
@@ -184,9 +199,8 @@ bool torch_draws_in_one_piece(const at::Tensor& x) {
 // Takes the numbers that torch.randn would draw for x from the generator, as torch's own kernels do.
 void take_torch_stream(StepArgs& a, const at::Tensor& x, const std::optional<at::Generator>& generator, int64_t multiprocessors,
                        int64_t threads_each) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  const auto* properties = at::cuda::getCurrentDeviceProperties();
   if (multiprocessors == 0) {
+    const auto* properties = at::cuda::getDeviceProperties(x.get_device());
     multiprocessors = properties->multiProcessorCount;
     threads_each = properties->maxThreadsPerMultiProcessor;
   }
@@ -222,15 +236,17 @@ bool set_seeds(StepArgs& a, py::handle seed, const at::Device& device, at::Tenso
     a.drawn.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());
     return true;
   }
-  if (!get_tensor(seed, table)) return false;
-  table = table.to(device, /*non_blocking=*/true).contiguous();
+  const at::Tensor* given = tensor_of(seed);
+  if (!given) return false;
+  table = given->to(device, /*non_blocking=*/true).contiguous();
   a.drawn.seeds = table.const_data_ptr<int64_t>();
   return true;
 }
 
-// An int64 tensor of `dim` dimensions on `device`, contiguous.
-bool get_index(py::handle h, int64_t dim, const at::Device& device, at::Tensor& out) {
-  return get_tensor(h, out) && out.scalar_type() == at::kLong && out.dim() == dim && out.device() == device && out.is_contiguous();
+// A contiguous int64 tensor of that shape on that device; nullptr where it is something else.
+const at::Tensor* index_of(py::handle h, at::IntArrayRef shape, const at::Device& device) {
+  const at::Tensor* t = tensor_of(h);
+  return t && t->scalar_type() == at::kLong && t->sizes() == shape && t->device() == device && t->is_contiguous() ? t : nullptr;
 }
 
 // Which row of the table each sample steps by. i: a number; or an int64 tensor, 0-dim; or a pair (plan, step) of int64 [batch].
@@ -245,13 +261,13 @@ bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at
   rows.num_plans = table.dim() == 3 ? table.size(0) : 1;
   step = -1;
   if (PyTuple_Check(i.ptr())) {
-    at::Tensor plan_index, step_index;
     if (PyTuple_GET_SIZE(i.ptr()) != 2 || table.dim() != 3 || table.device() != x.device()) return false;
-    if (!get_index(PyTuple_GET_ITEM(i.ptr(), 0), 1, x.device(), plan_index) || plan_index.size(0) != batch) return false;
-    if (!get_index(PyTuple_GET_ITEM(i.ptr(), 1), 1, x.device(), step_index) || step_index.size(0) != batch) return false;
+    const at::Tensor* plan_index = index_of(PyTuple_GET_ITEM(i.ptr(), 0), {batch}, x.device());
+    const at::Tensor* step_index = index_of(PyTuple_GET_ITEM(i.ptr(), 1), {batch}, x.device());
+    if (!plan_index || !step_index) return false;
     rows.table = data;
-    rows.plan_index = plan_index.const_data_ptr<int64_t>();
-    rows.step_index = step_index.const_data_ptr<int64_t>();
+    rows.plan_index = plan_index->const_data_ptr<int64_t>();
+    rows.step_index = step_index->const_data_ptr<int64_t>();
     rows.index_stride = 1;
     for (int64_t b = 0; x.is_cpu() && b < batch; ++b) {
       const double* row = ersde::row_of(rows, b);
@@ -259,17 +275,18 @@ bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at
     }
     return true;
   }
-  at::Tensor index;
   if (table.dim() != 2) return false;
+  const at::Tensor* on_host = has_ring ? nullptr : index_of(i, {}, at::kCPU);
   if (PyLong_Check(i.ptr()) && !PyBool_Check(i.ptr())) {
     step = PyLong_AsLongLong(i.ptr());
     if (PyErr_Occurred()) PyErr_Clear();
-  } else if (!has_ring && get_index(i, 0, at::kCPU, index)) {
-    step = *index.const_data_ptr<int64_t>();
+  } else if (on_host) {
+    step = *on_host->const_data_ptr<int64_t>();
   } else {
-    if (!get_index(i, 0, x.device(), index) || table.device() != x.device()) return false;
+    const at::Tensor* index = index_of(i, {}, x.device());
+    if (!index || table.device() != x.device()) return false;
     rows.table = data;
-    rows.step_index = index.const_data_ptr<int64_t>();
+    rows.step_index = index->const_data_ptr<int64_t>();
     return true;
   }
   if (step < 0 || step >= num_steps) return false;
@@ -287,22 +304,24 @@ std::vector<int64_t> numbers(py::handle h) { return h.is_none() ? std::vector<in
 // seed: None, an int, or an int64 tensor [batch, 2] of (seed, sample). prediction_type: its number, or -1. scale: a number, or a
 // float64 tensor [batch]. draws: whether any row adds noise. ring: with a prediction_type, [order, *x.shape], whose slot
 // s mod order holds the prediction of step s; history is then the model's output alone, and the new prediction goes to the ring.
-py::object step(const at::Tensor& table, py::handle i, py::handle x_object, py::handle history, py::handle noise,
+py::object step(py::handle table_object, py::handle i, py::handle x_object, py::handle history, py::handle noise,
                 py::handle generator, py::handle seed, py::handle out_object, int prediction_type, py::handle unconditional,
                 py::handle scale, bool draws, bool trusted, py::handle global_shape, py::handle global_start,
                 py::handle torch_layout_object, py::handle ring_object) {
   StepArgs a{};
-  at::Tensor x, z, out, denoised, seeds, scales, ring;
+  const at::Tensor *table_found = tensor_of(table_object), *x_found = tensor_of(x_object), *ring = tensor_of(ring_object);
+  if (!table_found || !x_found) return py::none();
+  const at::Tensor &table = *table_found, &x = *x_found;
+  at::Tensor z, out, denoised, seeds, slot;
   const bool grad_mode = c10::GradMode::is_enabled(), predicts = prediction_type >= 0;
   const auto fits = [&](const at::Tensor& t) { return is_plain(t) && (trusted || !is_differentiated(t, grad_mode)); };
-  if (!get_tensor(x_object, x) || !dtype_of(x, a.out.dtype) || !is_here(x.device()) || !fits(x)) return py::none();
+  if (!dtype_of(x, a.out.dtype) || !is_here(x.device()) || !fits(x)) return py::none();
   if (x.dim() >= ersde::kMaxDims || (!trusted && is_traced())) return py::none();
   const auto is_operand = [&](const at::Tensor& t, DType& dtype) {
     return dtype_of(t, dtype) && t.sizes() == x.sizes() && t.device() == x.device() && fits(t);
   };
-  const bool from_ring = !ring_object.is_none();
   int64_t known_step;
-  if (!set_rows(a.rows, table, i, x, from_ring, known_step)) return py::none();
+  if (!set_rows(a.rows, table, i, x, ring, known_step)) return py::none();
   const double* row = a.rows.table ? nullptr : a.rows.row;
   const int64_t order = table.size(-1) - 2 - ersde::kColumnsBehind;
   if (row) draws = row[order + 1] != 0;
@@ -313,21 +332,21 @@ py::object step(const at::Tensor& table, py::handle i, py::handle x_object, py::
   int64_t uses = known_step < 0 ? order : std::min(order, known_step + 1);
   while (row && uses > 0 && row[uses] == 0) --uses;
   if (predicts) uses = std::max<int64_t>(uses, 1);
-  if (from_ring && (!get_tensor(ring_object, ring) || given != 1 || ring.size(0) != order || known_step >= 0)) return py::none();
-  if (!from_ring && given < uses) {
+  if (ring && (given != 1 || ring->size(0) != order || known_step >= 0)) return py::none();
+  if (!ring && given < uses) {
     if (row || !trusted) return py::none();
     uses = given;
   }
   a.rows.predictions = (int)uses;
 
   a.float64 = a.out.dtype == DType::float64;
-  std::vector<Pair> pairs;
-  pairs.reserve(ersde::kMaxTerms + 3);
+  if (ring) slot = (*ring)[0];
+  Pairs pairs;
   const auto add_operand = [&](ersde::Operand& o, const at::Tensor& t, DType dtype) {
     o.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
     o.dtype = dtype;
     a.float64 |= dtype == DType::float64;
-    pairs.push_back({t, &o});
+    pairs.push_back({&t, &o});
   };
   const auto add_term = [&](const at::Tensor& t, int64_t column, DType dtype) {
     if (row && row[column] == 0 && !(predicts && column < 2)) return;
@@ -337,26 +356,24 @@ py::object step(const at::Tensor& table, py::handle i, py::handle x_object, py::
   std::fill(std::begin(a.rows.columns), std::end(a.rows.columns), -1);
   add_term(x, 0, a.out.dtype);
   for (int64_t k = 0; k < uses; ++k) {
-    at::Tensor t;
     DType dtype;
-    if (from_ring && k > 0) t = ring[0];
-    else if (!get_tensor(PySequence_Fast_GET_ITEM(history.ptr(), k), t)) return py::none();
-    if (!is_operand(t, dtype)) return py::none();
-    add_term(t, k + 1, dtype);
+    const at::Tensor* t = ring && k > 0 ? &slot : tensor_of(PySequence_Fast_GET_ITEM(history.ptr(), k));
+    if (!t || !is_operand(*t, dtype)) return py::none();
+    add_term(*t, k + 1, dtype);
   }
   if (predicts) {
     a.rows.prediction_column = (int)order + 2 + 2 * prediction_type;
     if (row && !std::isfinite(row[a.rows.prediction_column])) return py::none();
     if (!unconditional.is_none()) {
-      at::Tensor t;
       DType dtype;
-      if (!get_tensor(unconditional, t) || !is_operand(t, dtype)) return py::none();
+      const at::Tensor *guide = tensor_of(unconditional), *scales = tensor_of(scale);
+      if (!guide || !is_operand(*guide, dtype)) return py::none();
       a.rows.guided = true;
-      add_operand(a.guide, t, dtype);
-      if (get_tensor(scale, scales)) {
-        if (scales.scalar_type() != at::kDouble || scales.dim() != 1 || scales.size(0) != (x.dim() ? x.size(0) : 1)) return py::none();
-        if (scales.device() != x.device() || !scales.is_contiguous()) return py::none();
-        a.rows.scales = scales.const_data_ptr<double>();
+      add_operand(a.guide, *guide, dtype);
+      if (scales) {
+        if (scales->scalar_type() != at::kDouble || scales->dim() != 1 || scales->size(0) != (x.dim() ? x.size(0) : 1)) return py::none();
+        if (scales->device() != x.device() || !scales->is_contiguous()) return py::none();
+        a.rows.scales = scales->const_data_ptr<double>();
       } else {
         a.rows.scale = PyFloat_AsDouble(scale.ptr());
         if (PyErr_Occurred()) PyErr_Clear();  // it is -1 then
@@ -370,8 +387,9 @@ py::object step(const at::Tensor& table, py::handle i, py::handle x_object, py::
   if (!noise.is_none() + !generator.is_none() + !seed.is_none() > 1) return py::none();
   if (!noise.is_none()) {
     DType dtype;
-    if (!get_tensor(noise, z) || !is_operand(z, dtype)) return py::none();
-    add_term(z, order + 1, dtype);
+    const at::Tensor* given_noise = tensor_of(noise);
+    if (!given_noise || !is_operand(*given_noise, dtype)) return py::none();
+    add_term(*given_noise, order + 1, dtype);
   }
   std::optional<at::Generator> torch_generator;
   if (!generator.is_none()) {
@@ -387,37 +405,40 @@ py::object step(const at::Tensor& table, py::handle i, py::handle x_object, py::
     out = memory_like(x);
   } else {
     DType out_dtype;
-    if (!get_tensor(out_object, out) || !is_operand(out, out_dtype) || out_dtype != a.out.dtype) return py::none();
+    const at::Tensor* given_out = tensor_of(out_object);
+    if (!given_out || !is_operand(*given_out, out_dtype) || out_dtype != a.out.dtype) return py::none();
+    out = *given_out;
     if (!trusted) {
       if (at::has_internal_overlap(out) != at::MemOverlap::No) return py::none();
       for (const auto& p : pairs) {
-        const auto status = at::get_overlap_status(out, p.tensor);
+        const auto status = at::get_overlap_status(out, *p.tensor);
         if (status != at::MemOverlapStatus::No && status != at::MemOverlapStatus::Full) return py::none();
-        if (status == at::MemOverlapStatus::Full && (out.strides() != p.tensor.strides() || out.scalar_type() != p.tensor.scalar_type())) {
+        if (status == at::MemOverlapStatus::Full && (out.strides() != p.tensor->strides() || out.scalar_type() != p.tensor->scalar_type())) {
           return py::none();
         }
       }
     }
   }
   RECORD_FUNCTION("ersde_fast::step", c10::ArrayRef<const c10::IValue>());
-  if (from_ring) {
+  if (ring) {
     DType dtype;
-    if (!is_operand(denoised = ring[0], dtype)) return py::none();
-    a.rows.ring = (int)ring.size(0);
-    a.rows.ring_stride = ring.stride(0) * ring.element_size();
-    add_operand(a.denoised, denoised, dtype);
+    if (!is_operand(slot, dtype)) return py::none();
+    a.rows.ring = (int)ring->size(0);
+    a.rows.ring_stride = ring->stride(0) * ring->element_size();
+    add_operand(a.denoised, slot, dtype);
   } else if (predicts) {
     denoised = memory_like(x);
     add_operand(a.denoised, denoised, a.out.dtype);
   }
   const auto result = [&] {
     const py::object next = out_object.is_none() ? py::cast(out) : py::reinterpret_borrow<py::object>(out_object);
-    return predicts && !from_ring ? py::object(py::make_tuple(next, denoised)) : next;
+    return predicts && !ring ? py::object(py::make_tuple(next, denoised)) : next;
   };
   a.numel = out.numel();
   if (a.numel == 0) return result();
 
-  if (draws && !z.defined()) {
+  const OnDevice here(x.device());
+  if (draws && noise.is_none()) {
     if (!seed.is_none()) {
       a.drawn.source = ersde::Noise::portable;
     } else {
@@ -439,11 +460,26 @@ py::object step(const at::Tensor& table, py::handle i, py::handle x_object, py::
   }
   a.batched = a.drawn.source == ersde::Noise::portable || a.rows.index_stride || a.rows.scales;
   a.out.data = static_cast<char*>(out.mutable_data_ptr());
-  pairs.push_back({out, &a.out});
+  pairs.push_back({&out, &a.out});
   set_shape(a, pairs, numbers(global_shape), numbers(global_start));
-  run(a, x.device());
+  run(a, pairs, x.device());
   return result();
 }
+
+// step, as Python calls it: without pybind11's conversions, which take longer than the rest of a small step's checks.
+PyObject* step_of_python(PyObject*, PyObject* const* v, Py_ssize_t given) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(given == 17, "step takes 17 arguments, got ", given);
+  const long prediction_type = PyLong_AsLong(v[8]);
+  if (prediction_type == -1 && PyErr_Occurred()) return nullptr;
+  return step(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], (int)prediction_type, v[9], v[10], v[11] == Py_True, v[12] == Py_True, v[13],
+              v[14], v[15], v[16])
+      .release()
+      .ptr();
+  END_HANDLE_TH_ERRORS
+}
+PyMethodDef kStepMethods[] = {{"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step_of_python)), METH_FASTCALL, nullptr},
+                              {nullptr, nullptr, 0, nullptr}};
 
 // out = the noise alone: a step of one term whose weight is 0, so that the kernels for one term serve.
 StepArgs noise_alone(const at::Tensor& out) {
@@ -470,8 +506,10 @@ void portable_noise(const at::Tensor& out, py::handle seed, int64_t step) {
   a.drawn.source = ersde::Noise::portable;
   a.batched = true;
   a.rows.row[a.rows.num_columns - 1] = (uint32_t)step;
-  set_shape(a, {{out, &a.terms[0]}, {out, &a.out}}, {}, {});
-  run(a, out.device());
+  const Pairs pairs{{&out, &a.terms[0]}, {&out, &a.out}};
+  const OnDevice here(out.device());
+  set_shape(a, pairs, {}, {});
+  run(a, pairs, out.device());
 }
 
 // Fills a contiguous tensor with what torch.randn draws on a CUDA card of that layout under this seed and offset; returns by
@@ -492,8 +530,10 @@ int64_t torch_noise(const at::Tensor& out, py::handle seed, int64_t offset, int6
     return grows;
   }
   a.drawn.source = ersde::Noise::torch;
-  set_shape(a, {{out, &a.terms[0]}, {out, &a.out}}, {}, {});
-  run(a, out.device());
+  const Pairs pairs{{&out, &a.terms[0]}, {&out, &a.out}};
+  const OnDevice here(out.device());
+  set_shape(a, pairs, {}, {});
+  run(a, pairs, out.device());
   return grows;
 }
 
@@ -525,7 +565,7 @@ py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas
   a.schedule = schedule.mutable_data_ptr<double>();
 #ifdef ERSDE_WITH_CUDA
   if (s.is_cuda()) {
-    const c10::cuda::CUDAGuard guard(s.device());
+    const OnDevice here(s.device());
     const char* error = ersde::plan_cuda(a, at::cuda::getCurrentCUDAStream().stream());
     TORCH_CHECK(error == nullptr, "ersde_fast: the CUDA kernel could not be launched: ", error);
     return py::make_tuple(table, schedule);
@@ -552,7 +592,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
-  m.def("step", &step);
+  if (PyModule_AddFunctions(m.ptr(), kStepMethods) != 0) throw py::error_already_set();
   m.def("plan", &plan);
   m.def("portable_noise", &portable_noise);
   m.def("torch_noise", &torch_noise);

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import ops
@@ -74,7 +75,7 @@ def fast_step(
     Raises:
         ValueError, TypeError: naming the argument, before anything is written or any generator advanced.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         if out is not None or backend is not None or torch_layout is not None:
             raise ValueError("out, backend and torch_layout cannot be traced: leave them out in compiled code")
         kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
@@ -91,9 +92,9 @@ def fast_step(
             kind, unconditional, scale = -1, None, None
         else:
             kind, unconditional, scale = _prediction_arguments_if_plain(prediction_type, guidance)
-        if kind is not None and hasattr(plan, "table"):
+        if kind is not None and (table := getattr(plan, "table", None)) is not None:
             result = _C.step(
-                plan.table, i, x, history, noise, generator, seeds, out, kind, unconditional, scale, plan.draws, False, None, None,
+                table, i, x, history, noise, generator, seeds, out, kind, unconditional, scale, plan.draws, False, None, None,
                 None, None,
             )  # fmt: skip
             if result is not None:
