@@ -18,7 +18,6 @@
 #ifdef ERSDE_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
-#include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAGuard.h>
 #endif
 
@@ -79,11 +78,27 @@ bool is_traced() {
   return c10::impl::TorchDispatchModeTLS::any_modes_set() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
 }
 
-// Memory for a result: at::empty_like, past the dispatcher where x is contiguous, which saves a microsecond.
+// Makes the device of a tensor the current one, where it is not: to ask costs less than to set and set back.
+struct OnDevice {
+#ifdef ERSDE_WITH_CUDA
+  std::optional<c10::cuda::CUDAGuard> guard;
+  explicit OnDevice(const at::Device& device) {
+    if (device.is_cuda() && c10::cuda::current_device() != device.index()) guard.emplace(device);
+  }
+#else
+  explicit OnDevice(const at::Device&) {}
+#endif
+};
+
+// Memory for a result: at::empty_like, past the dispatcher where x is contiguous, which saves a microsecond. The device of x is
+// the current one.
 at::Tensor memory_like(const at::Tensor& x) {
   if (!x.is_contiguous()) return at::empty_like(x);
 #ifdef ERSDE_WITH_CUDA
-  if (x.is_cuda()) return at::Tensor(at::detail::empty_cuda(x.sizes(), x.scalar_type(), x.device(), std::nullopt));
+  if (x.is_cuda()) {
+    constexpr c10::DispatchKeySet cuda(c10::DispatchKey::CUDA);
+    return at::Tensor(at::detail::empty_generic(x.sizes(), at::cuda::getCUDADeviceAllocator(), cuda, x.scalar_type(), std::nullopt));
+  }
 #endif
   return at::Tensor(at::detail::empty_cpu(x.sizes(), x.scalar_type()));
 }
@@ -143,18 +158,6 @@ void set_shape(StepArgs& a, const Pairs& pairs, at::IntArrayRef global_shape, at
   }
 }
 
-// Makes the device of a tensor the current one, where it is not: to ask costs less than to set and set back.
-struct OnDevice {
-#ifdef ERSDE_WITH_CUDA
-  std::optional<c10::cuda::CUDAGuard> guard;
-  explicit OnDevice(const at::Device& device) {
-    if (device.is_cuda() && c10::cuda::current_device() != device.index()) guard.emplace(device);
-  }
-#else
-  explicit OnDevice(const at::Device&) {}
-#endif
-};
-
 // The device is the current one; the pairs are what the arguments point into.
 void run(const StepArgs& args, const Pairs& pairs, const at::Device& device) {
 #ifdef ERSDE_WITH_CUDA
@@ -206,19 +209,20 @@ void take_torch_stream(StepArgs& a, const at::Tensor& x, const std::optional<at:
   }
   a.drawn.torch_threads = torch_threads(x.numel(), multiprocessors, threads_each);
   auto& drawn = a.drawn;
+  const uint64_t advance = torch_advance(x.numel(), drawn.torch_threads, a.out.dtype);
   auto* g = at::get_generator_or_default<at::CUDAGeneratorImpl>(generator, at::cuda::detail::getDefaultCUDAGenerator(x.get_device()));
-  at::PhiloxCudaState state;
-  {
-    const std::lock_guard<std::mutex> lock(g->mutex_);
-    state = g->philox_cuda_state(torch_advance(x.numel(), drawn.torch_threads, a.out.dtype));
-  }
-  if (state.captured_) {
+  const std::lock_guard<std::mutex> lock(g->mutex_);
+  cudaStreamCaptureStatus capturing;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(x.get_device()).stream(), &capturing));
+  if (capturing == cudaStreamCaptureStatusNone) {  // as philox_cuda_state does, which asks again
+    drawn.seed = g->current_seed();
+    drawn.torch_offset = g->philox_offset_per_thread();
+    g->set_philox_offset_per_thread(drawn.torch_offset + advance);
+  } else {
+    const at::PhiloxCudaState state = g->philox_cuda_state(advance);
     drawn.torch_seed_pointer = reinterpret_cast<const int64_t*>(state.seed_.ptr);
     drawn.torch_offset_pointer = reinterpret_cast<const int64_t*>(state.offset_.ptr);
     drawn.torch_offset = state.offset_intragraph_;
-  } else {
-    drawn.seed = state.seed_.val;
-    drawn.torch_offset = state.offset_.val;
   }
   drawn.source = ersde::Noise::torch;
 }
@@ -398,6 +402,7 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
     const at::Device on = torch_generator->device();  // its index may be left open
     if (on.type() != x.device().type() || (on.has_index() && x.device().has_index() && on != x.device())) return py::none();
   }
+  const OnDevice here(x.device());
   if (!seed.is_none() && !set_seeds(a, seed, x.device(), seeds)) return py::none();
   if (draws && a.rows.index_stride && noise.is_none() && seed.is_none()) return py::none();
 
@@ -437,7 +442,6 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
   a.numel = out.numel();
   if (a.numel == 0) return result();
 
-  const OnDevice here(x.device());
   if (draws && noise.is_none()) {
     if (!seed.is_none()) {
       a.drawn.source = ersde::Noise::portable;
