@@ -137,11 +137,10 @@ def run(
         if result is None:
             raise RuntimeError(f'backend "{backend}" refused a step that it should run: please report this')
         return result
-    if seeds is not None and not isinstance(seeds, Tensor):
-        seeds = seeds_of(seeds, x)
     if backend == "reference" or (seeds is not None and global_shape):
         row = row_of(table, i, x)
-        noise = draw_portable(row, x, seeds, *shard) if seeds is not None else noise
+        if seeds is not None:
+            noise = draw_portable(row, x, seeds if isinstance(seeds, Tensor) else seeds_of(seeds, x), *shard)
     if backend == "triton":
         from .kernels import er_sde_step
 

@@ -244,13 +244,13 @@ def weight(row, k, exists, ORDER: tl.constexpr):
     return tl.full([], 0.0, tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "torch_offset"])
 def er_sde_step(
     x, h0, h1, h2, h3, h4, guide, noise, out, denoised, seeds, table, plan_index, step_index, scales, size, samples,
-    num_plans: "i64", num_steps: "i64", scale: "fp64", torch_seed: "u64", torch_offset: "i64", torch_threads: "i64",
+    num_plans: "i64", num_steps: "i64", scale: "fp64", seed: "u64", torch_offset: "i64", torch_threads: "i64",
     ORDER: tl.constexpr, GIVEN: tl.constexpr, INDEXED: tl.constexpr, KIND: tl.constexpr, GUIDED: tl.constexpr,
-    HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, HAS_SEEDS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    TURNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of a sample times samples, size = elements of a sample; torch's stream: (blocks, turns), size = all elements.
 
@@ -288,8 +288,10 @@ def er_sde_step(
             p_u = p_m * (1 - own)
             p_m = p_m * own
     if SOURCE == PORTABLE:
-        seed = tl.load(seeds + 2 * b).to(tl.uint64, bitcast=True)
-        sample = tl.load(seeds + 2 * b + 1)
+        seed, sample = seed.to(tl.uint64), b.to(tl.int64)
+        if HAS_SEEDS:
+            seed = tl.load(seeds + 2 * b).to(tl.uint64, bitcast=True)
+            sample = tl.load(seeds + 2 * b + 1)
         step = tl.load(row + ORDER + 1 + BEHIND, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
     tensors = x, h0, h1, h2, h3, h4, guide, noise
     EACH: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth  # neighbours that a thread reads at once
@@ -308,7 +310,7 @@ def er_sde_step(
         terms = read_terms(tensors, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
         n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK // EACH) * EACH
         counter = (torch_offset // 4 + turn).to(tl.uint64)
-        z0, z1, z2, z3 = normals(n, torch_seed, 0, 0, counter, EACH, 1, SOURCE, NVIDIA)
+        z0, z1, z2, z3 = normals(n, seed, 0, 0, counter, EACH, 1, SOURCE, NVIDIA)
         for place in tl.static_range(4):
             z = z0 if place == 0 else z1 if place == 1 else z2 if place == 2 else z3
             z = z.to(out.dtype.element_ty)  # torch rounds the noise itself
@@ -351,7 +353,7 @@ def compile_options(block: int) -> dict:
 
 
 def step(
-    table: Tensor, i, x: Tensor, history, out: Tensor | None, draws: bool, noise: Tensor | None, generator, seeds: Tensor | None,
+    table: Tensor, i, x: Tensor, history, out: Tensor | None, draws: bool, noise: Tensor | None, generator, seeds,
     kind: int = -1, unconditional: Tensor | None = None, scale=None,
 ):  # fmt: skip
     """Launches the kernel; `ersde_fast.backends.run` says what the arguments are, and has checked them.
@@ -371,7 +373,9 @@ def step(
     history = [d.contiguous() for d in history[:order]]
     own_scale = isinstance(scale, Tensor)
     read = [x, *history, *(t for t in (noise, unconditional) if t is not None)]
-    samples, size, source, seed, offset, threads = 1, x.numel(), NO_NOISE.value, 0, 0, 1
+    own_seeds = isinstance(seeds, Tensor)
+    samples, size, source, offset, threads = 1, x.numel(), NO_NOISE.value, 0, 1
+    seed = 0 if seeds is None or own_seeds else seeds
     if draws and noise is None and seeds is None:
         source = TORCH.value
         seed, offset, threads = take_torch_stream(x, generator)
@@ -388,13 +392,13 @@ def step(
     er_sde_step[grid](
         x.contiguous(), *(history + [x] * 5)[:5], x if unconditional is None else unconditional.contiguous(),
         x if noise is None else noise.contiguous(), result, result if predicted is None else predicted,
-        x if seeds is None else seeds.to(x.device, non_blocking=True), table, table if plan_index is None else plan_index,
+        seeds.to(x.device, non_blocking=True) if own_seeds else x, table, table if plan_index is None else plan_index,
         table if step_index is None else step_index, scale if own_scale else table, size, samples,
         table.shape[0] if table.dim() == 3 else 1, table.shape[-2], 1.0 if own_scale or scale is None else float(scale),
         seed % 2**64, offset, threads,
         ORDER=order, GIVEN=len(history), INDEXED=0 if step_index is None else 1 if plan_index is None else 2, KIND=kind,
         GUIDED=0 if unconditional is None else 2 if own_scale else 1, HAS_NOISE=noise is not None, SOURCE=source,
-        WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=block, TURNS=turns,
+        HAS_SEEDS=own_seeds, WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=block, TURNS=turns,
         NVIDIA=not INTERPRETED and torch.version.cuda is not None, **compile_options(block),
     )  # fmt: skip
     next_sample = next_sample if result is next_sample else next_sample.copy_(result)

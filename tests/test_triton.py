@@ -39,7 +39,9 @@ def test_compiles(target, source, dtype, kind):
     types |= {"samples": "i32", "plan_index": "*i64", "step_index": "*i64"}
     constants = dict(ORDER=3, GIVEN=3, INDEXED=0 if kind < 0 else 2, KIND=kind, GUIDED=0 if kind < 0 else 2, HAS_NOISE=False)
     block, turns = kernel.blocks_of(source.value, {"fp32": 4, "bf16": 2}[dtype], 1, kernel.LARGE)
-    constants |= dict(SOURCE=source.value, WIDE=False, BLOCK=block, TURNS=turns, NVIDIA=target.backend == "cuda")
+    constants |= dict(
+        SOURCE=source.value, HAS_SEEDS=kind >= 0, WIDE=False, BLOCK=block, TURNS=turns, NVIDIA=target.backend == "cuda"
+    )
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in [*tensors, "size", "torch_threads"]}
     code = ASTSource(fn=kernel.er_sde_step, signature={n: types[n] for n in names}, constexprs=constants, attrs=aligned)
