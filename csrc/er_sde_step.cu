@@ -20,7 +20,7 @@ namespace {
 #include "er_sde_rows.h"
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 1024;  // on an H100 64 lose 2 %, 16 another 2; as many as there is work gain nothing
+constexpr int kBlocksPerMultiprocessor = 1024;  // on an H100 64 lose 2 %, 16 another 2, and no bound gains less than 1 %
 
 template <typename T>
 struct Pack {  // 16 bytes of T

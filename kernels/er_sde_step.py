@@ -19,7 +19,7 @@ from ersde_fast.plan import COLUMNS_BEHIND
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 512
 # A program that draws portable noise for types of two bytes takes TURNS blocks where a step has LARGE elements: arithmetic is the
-# limit there on an H200, and what a program does once is a sixth of it. Elsewhere memory is, and loops only delay it.
+# limit there on an H200, and what a program does once is a quarter of what a block costs. Elsewhere memory is the limit.
 TURNS, LARGE = 4, 2**24
 NO_NOISE, PORTABLE, TORCH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BEHIND = tl.constexpr(COLUMNS_BEHIND)
