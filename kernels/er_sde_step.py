@@ -119,38 +119,39 @@ def torch_pair(x, y):
 
 
 @triton.jit
-def four_normals(n, seed, step, sample, torch_counter, SOURCE: tl.constexpr, NVIDIA: tl.constexpr):
-    """Of each group n of the portable stream its four normals; of each subsequence n of torch's those of its four places."""
+def four_normals(n, seed, counter, sample, SOURCE: tl.constexpr, NVIDIA: tl.constexpr):
+    """Of each group n of the portable stream its four normals; of each subsequence n of torch's those of its four places.
+
+    counter: the portable stream's of the step, or what torch's generator counts; sample: the portable stream's.
+    """
     k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
     zero = tl.zeros(n.shape, tl.uint32)
     if SOURCE == TORCH:
-        c0, c1 = (torch_counter & 0xFFFFFFFF).to(tl.uint32), (torch_counter >> 32).to(tl.uint32)
+        c0, c1 = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
         r0, r1, r2, r3 = philox(k0, k1, zero + c0, zero + c1, n.to(tl.uint32), zero)
         z0, z1 = torch_pair(r0, r1)
         z2, z3 = torch_pair(r2, r3)
     else:
         c0, c2 = (n & 0xFFFFFFFF).to(tl.uint32), (sample & 0xFFFFFFFF).to(tl.uint32)
         c3 = (((n >> 32) << 24) | (1 << 16) | ((sample >> 32) & 0xFFFF)).to(tl.uint32)
-        r0, r1, r2, r3 = philox(k0, k1, c0, zero + step, zero + c2, c3)
+        r0, r1, r2, r3 = philox(k0, k1, c0, zero + counter, zero + c2, c3)
         z0, z1 = box_muller(r0, r1, NVIDIA)
         z2, z3 = box_muller(r2, r3, NVIDIA)
     return z0, z1, z2, z3
 
 
 @triton.jit
-def normals(
-    n, seed, step, sample, torch_counter, EACH: tl.constexpr, APART: tl.constexpr, SOURCE: tl.constexpr, NVIDIA: tl.constexpr
-):
+def normals(n, seed, counter, sample, EACH: tl.constexpr, APART: tl.constexpr, SOURCE: tl.constexpr, NVIDIA: tl.constexpr):
     """four_normals of EACH numbers n, n + APART, ..., each result interleaved: in the order of its numbers.
 
     They are drawn apart, a thread those of its n, and then joined in its registers. Drawn as one block they would lie in other
     threads than the tensors' elements, and go there through shared memory.
     """
     if EACH == 1:
-        z0, z1, z2, z3 = four_normals(n, seed, step, sample, torch_counter, SOURCE, NVIDIA)
+        z0, z1, z2, z3 = four_normals(n, seed, counter, sample, SOURCE, NVIDIA)
     else:
-        a0, a1, a2, a3 = normals(n, seed, step, sample, torch_counter, EACH // 2, 2 * APART, SOURCE, NVIDIA)
-        b0, b1, b2, b3 = normals(n + APART, seed, step, sample, torch_counter, EACH // 2, 2 * APART, SOURCE, NVIDIA)
+        a0, a1, a2, a3 = normals(n, seed, counter, sample, EACH // 2, 2 * APART, SOURCE, NVIDIA)
+        b0, b1, b2, b3 = normals(n + APART, seed, counter, sample, EACH // 2, 2 * APART, SOURCE, NVIDIA)
         z0, z1 = tl.interleave(a0, b0), tl.interleave(a1, b1)
         z2, z3 = tl.interleave(a2, b2), tl.interleave(a3, b3)
     return z0, z1, z2, z3
@@ -310,7 +311,7 @@ def er_sde_step(
         terms = read_terms(tensors, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
         n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK // EACH) * EACH
         counter = (torch_offset // 4 + turn).to(tl.uint64)
-        z0, z1, z2, z3 = normals(n, seed, 0, 0, counter, EACH, 1, SOURCE, NVIDIA)
+        z0, z1, z2, z3 = normals(n, seed, counter, 0, EACH, 1, SOURCE, NVIDIA)
         for place in tl.static_range(4):
             z = z0 if place == 0 else z1 if place == 1 else z2 if place == 2 else z3
             z = z.to(out.dtype.element_ty)  # torch rounds the noise itself
@@ -332,7 +333,7 @@ def er_sde_step(
             z = tl.zeros([BLOCK], tl.float32)
             if SOURCE == PORTABLE:
                 n = first // 4 + tl.arange(0, BLOCK // 4 // GROUPS) * GROUPS
-                z0, z1, z2, z3 = normals(n, seed, step, sample, 0, GROUPS, 1, SOURCE, NVIDIA)
+                z0, z1, z2, z3 = normals(n, seed, step, sample, GROUPS, 1, SOURCE, NVIDIA)
                 z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
             combine_and_store(
                 terms, z, out, denoised, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, SOURCE == PORTABLE, WIDE
