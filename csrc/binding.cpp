@@ -280,14 +280,13 @@ bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at
     return true;
   }
   if (table.dim() != 2) return false;
-  const at::Tensor* on_host = has_ring ? nullptr : index_of(i, {}, at::kCPU);
   if (PyLong_Check(i.ptr()) && !PyBool_Check(i.ptr())) {
     step = PyLong_AsLongLong(i.ptr());
     if (PyErr_Occurred()) PyErr_Clear();
-  } else if (on_host) {
-    step = *on_host->const_data_ptr<int64_t>();
+  } else if (const at::Tensor* index = has_ring ? nullptr : index_of(i, {}, at::kCPU)) {
+    step = *index->const_data_ptr<int64_t>();
   } else {
-    const at::Tensor* index = index_of(i, {}, x.device());
+    index = index_of(i, {}, x.device());
     if (!index || table.device() != x.device()) return false;
     rows.table = data;
     rows.step_index = index->const_data_ptr<int64_t>();
@@ -324,6 +323,10 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
   const auto is_operand = [&](const at::Tensor& t, DType& dtype) {
     return dtype_of(t, dtype) && t.sizes() == x.sizes() && t.device() == x.device() && fits(t);
   };
+  const auto operand_of = [&](py::handle h, DType& dtype) {
+    const at::Tensor* t = tensor_of(h);
+    return t && is_operand(*t, dtype) ? t : nullptr;
+  };
   int64_t known_step;
   if (!set_rows(a.rows, table, i, x, ring, known_step)) return py::none();
   const double* row = a.rows.table ? nullptr : a.rows.row;
@@ -344,7 +347,8 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
   a.rows.predictions = (int)uses;
 
   a.float64 = a.out.dtype == DType::float64;
-  if (ring) slot = (*ring)[0];
+  DType slot_dtype{};
+  if (ring && !is_operand(slot = (*ring)[0], slot_dtype)) return py::none();
   Pairs pairs;
   const auto add_operand = [&](ersde::Operand& o, const at::Tensor& t, DType dtype) {
     o.data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
@@ -360,9 +364,9 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
   std::fill(std::begin(a.rows.columns), std::end(a.rows.columns), -1);
   add_term(x, 0, a.out.dtype);
   for (int64_t k = 0; k < uses; ++k) {
-    DType dtype;
-    const at::Tensor* t = ring && k > 0 ? &slot : tensor_of(PySequence_Fast_GET_ITEM(history.ptr(), k));
-    if (!t || !is_operand(*t, dtype)) return py::none();
+    DType dtype = slot_dtype;
+    const at::Tensor* t = ring && k > 0 ? &slot : operand_of(PySequence_Fast_GET_ITEM(history.ptr(), k), dtype);
+    if (!t) return py::none();
     add_term(*t, k + 1, dtype);
   }
   if (predicts) {
@@ -370,8 +374,8 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
     if (row && !std::isfinite(row[a.rows.prediction_column])) return py::none();
     if (!unconditional.is_none()) {
       DType dtype;
-      const at::Tensor *guide = tensor_of(unconditional), *scales = tensor_of(scale);
-      if (!guide || !is_operand(*guide, dtype)) return py::none();
+      const at::Tensor *guide = operand_of(unconditional, dtype), *scales = tensor_of(scale);
+      if (!guide) return py::none();
       a.rows.guided = true;
       add_operand(a.guide, *guide, dtype);
       if (scales) {
@@ -391,8 +395,8 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
   if (!noise.is_none() + !generator.is_none() + !seed.is_none() > 1) return py::none();
   if (!noise.is_none()) {
     DType dtype;
-    const at::Tensor* given_noise = tensor_of(noise);
-    if (!given_noise || !is_operand(*given_noise, dtype)) return py::none();
+    const at::Tensor* given_noise = operand_of(noise, dtype);
+    if (!given_noise) return py::none();
     add_term(*given_noise, order + 1, dtype);
   }
   std::optional<at::Generator> torch_generator;
@@ -410,8 +414,8 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
     out = memory_like(x);
   } else {
     DType out_dtype;
-    const at::Tensor* given_out = tensor_of(out_object);
-    if (!given_out || !is_operand(*given_out, out_dtype) || out_dtype != a.out.dtype) return py::none();
+    const at::Tensor* given_out = operand_of(out_object, out_dtype);
+    if (!given_out || out_dtype != a.out.dtype) return py::none();
     out = *given_out;
     if (!trusted) {
       if (at::has_internal_overlap(out) != at::MemOverlap::No) return py::none();
@@ -426,11 +430,9 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
   }
   RECORD_FUNCTION("ersde_fast::step", c10::ArrayRef<const c10::IValue>());
   if (ring) {
-    DType dtype;
-    if (!is_operand(slot, dtype)) return py::none();
     a.rows.ring = (int)ring->size(0);
     a.rows.ring_stride = ring->stride(0) * ring->element_size();
-    add_operand(a.denoised, slot, dtype);
+    add_operand(a.denoised, slot, slot_dtype);
   } else if (predicts) {
     denoised = memory_like(x);
     add_operand(a.denoised, denoised, a.out.dtype);
@@ -501,6 +503,13 @@ StepArgs noise_alone(const at::Tensor& out) {
   return a;
 }
 
+void run_alone(StepArgs& a, const at::Tensor& out) {
+  const Pairs pairs{{&out, &a.terms[0]}, {&out, &a.out}};
+  const OnDevice here(out.device());
+  set_shape(a, pairs, {}, {});
+  run(a, pairs, out.device());
+}
+
 // Fills a contiguous tensor [batch, ...] with the portable stream.
 void portable_noise(const at::Tensor& out, py::handle seed, int64_t step) {
   StepArgs a = noise_alone(out);
@@ -510,10 +519,7 @@ void portable_noise(const at::Tensor& out, py::handle seed, int64_t step) {
   a.drawn.source = ersde::Noise::portable;
   a.batched = true;
   a.rows.row[a.rows.num_columns - 1] = (uint32_t)step;
-  const Pairs pairs{{&out, &a.terms[0]}, {&out, &a.out}};
-  const OnDevice here(out.device());
-  set_shape(a, pairs, {}, {});
-  run(a, pairs, out.device());
+  run_alone(a, out);
 }
 
 // Fills a contiguous tensor with what torch.randn draws on a CUDA card of that layout under this seed and offset; returns by
@@ -534,10 +540,7 @@ int64_t torch_noise(const at::Tensor& out, py::handle seed, int64_t offset, int6
     return grows;
   }
   a.drawn.source = ersde::Noise::torch;
-  const Pairs pairs{{&out, &a.terms[0]}, {&out, &a.out}};
-  const OnDevice here(out.device());
-  set_shape(a, pairs, {}, {});
-  run(a, pairs, out.device());
+  run_alone(a, out);
   return grows;
 }
 
