@@ -478,6 +478,7 @@ PyObject* step_of_python(PyObject*, PyObject* const* v, Py_ssize_t given) {
   TORCH_CHECK_TYPE(given == 17, "step takes 17 arguments, got ", given);
   const long prediction_type = PyLong_AsLong(v[8]);
   if (prediction_type == -1 && PyErr_Occurred()) return nullptr;
+  TORCH_CHECK_VALUE(prediction_type < (ersde::kColumnsBehind - 1) / 2, "there is no prediction type ", prediction_type);
   return step(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], (int)prediction_type, v[9], v[10], v[11] == Py_True, v[12] == Py_True, v[13],
               v[14], v[15], v[16])
       .release()
@@ -544,10 +545,17 @@ int64_t torch_noise(const at::Tensor& out, py::handle seed, int64_t offset, int6
   return grows;
 }
 
+// An enumerator from its number, of which there are those up to `last`.
+template <typename Enum>
+Enum known(const char* name, int number, Enum last) {
+  TORCH_CHECK_VALUE(number >= 0 && number <= static_cast<int>(last), name, " must be 0 to ", static_cast<int>(last), ", got ", number);
+  return static_cast<Enum>(number);
+}
+
 // The table [num_steps, order + 2 + kColumnsBehind] of a plan and its schedule [3, num_steps + 1], sigmas, alphas, er_lambdas, on
 // the device of sigmas, without waiting for it. See er_sde_plan in plan.py; orders: int32 [num_steps] there, or None.
 py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas, int process, int order,
-               const std::optional<at::Tensor>& orders, int scaler, double eta, int method, double node_scale,
+               const std::optional<at::Tensor>& orders, int scaler, double strength, int method, double node_scale,
                int integration_points, double s_noise, int64_t first_step) {
   ersde::PlanArgs a{};
   const at::Tensor s = sigmas.contiguous(), given = alphas ? alphas->contiguous() : at::Tensor();
@@ -555,12 +563,12 @@ py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas
   a.num_steps = s.size(0) - 1;
   a.sigmas = s.const_data_ptr();
   a.alphas = alphas ? given.const_data_ptr() : nullptr;
-  a.process = static_cast<ersde::Process>(process);
+  a.process = known("process", process, ersde::Process::flow);
   a.order = order;
   a.orders = orders ? orders->const_data_ptr<int32_t>() : nullptr;
-  a.scaler = static_cast<ersde::Scaler>(scaler);
-  a.eta = eta;
-  a.method = static_cast<ersde::Method>(method);
+  a.scaler = known("scaler", scaler, ersde::Scaler::sde_5);
+  a.strength = strength;
+  a.method = known("method", method, ersde::Method::newton);
   a.node_scale = node_scale;
   a.integration_points = integration_points;
   a.s_noise = s_noise;

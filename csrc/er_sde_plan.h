@@ -18,7 +18,7 @@
 namespace ersde {
 
 enum class Process : int32_t { given, ve, vp, flow };               // where alphas come from
-enum class Scaler : int32_t { reverse_time_sde, sde_1, sde_4, sde_5 };  // the functional forms of noise_scaler.py
+enum class Scaler : int32_t { sde, sde_1, sde_4, sde_5 };            // the functional forms of noise_scaler.py
 enum class Method : int32_t { taylor, newton };
 
 struct PlanArgs {
@@ -31,7 +31,7 @@ struct PlanArgs {
   int order;              // the largest
   const int32_t* orders;  // [num_steps], or nullptr where all are alike
   Scaler scaler;
-  double eta;
+  double strength;  // the plan's eta times the scaler's own
   Method method;
   double node_scale;
   int integration_points;  // 0: exact
@@ -70,9 +70,9 @@ ERSDE_PLAN_FN Level level_of(const PlanArgs& a, int64_t i) {
 ERSDE_PLAN_FN double log_ratio(double a, double b) { return a < 2 * b ? log1p((a - b) / b) : log(a) - log(b); }
 
 // Growth of log(phi(l) / l) from l to l exp(y): noise_scaler.py, in the same forms.
-ERSDE_PLAN_FN double log_growth(const PlanArgs& a, double l, double y) {
-  switch (a.scaler) {
-    case Scaler::reverse_time_sde: return a.eta == 0 ? 0 : a.eta * y;
+ERSDE_PLAN_FN double full_growth(Scaler scaler, double l, double y) {
+  switch (scaler) {
+    case Scaler::sde: return y;
     case Scaler::sde_1: {
       const double inverse = 1 / l;
       return log1p(-exp(-inverse * exp(-y)) * expm1(inverse * expm1(-y)) / (exp(-inverse) + 10));
@@ -81,12 +81,18 @@ ERSDE_PLAN_FN double log_growth(const PlanArgs& a, double l, double y) {
       const double v = 100 * pow(l, 1.5);
       return log1p(log1p(v / (1 + v) * expm1(1.5 * y)) / log1p(v)) - 0.1 * y;
     }
-    default: {
+    case Scaler::sde_5: {
       const double power = pow(l, 0.3), growth = power * expm1(0.3 * y);
       if (growth < 1) return log1p(expm1(growth) / (1 + 10 * exp(-power)));
       return growth + log1p(10 * exp(-power - growth)) - log1p(10 * exp(-power));
     }
   }
+  return (double)NAN;
+}
+
+// The same at the plan's strength, where 0 is the ODE, of an infinite distance too.
+ERSDE_PLAN_FN double log_growth(const PlanArgs& a, double l, double y) {
+  return a.strength == 0 ? 0 : a.strength * full_growth(a.scaler, l, y);
 }
 
 // u(a) - u(b) for u(l) = l / (1 + l / scale), without cancellation.
@@ -196,7 +202,7 @@ ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& la
     w[1] = t.alpha;
     return true;
   }
-  if (std::isinf(s.l) && a.scaler == Scaler::sde_4) return false;
+  if (std::isinf(s.l) && a.scaler == Scaler::sde_4 && a.strength != 0) return false;
   const double distance = log_ratio(s.l, t.l);
   double log_rho = -log_growth(a, t.l, distance);
   if (!(log_rho <= 8 * kEps)) return false;

@@ -1,14 +1,15 @@
 """Noise scalers phi: each picks one member of the family of extended reverse-time SDEs (arXiv 2309.06169, appendix A.8).
 
 The plan needs only ratios of phi, and differences of two logarithms would cost it digits on short steps. So a scaler is
-one function, the growth of log(phi(l) / l) over a log-distance, in a form without cancellation.
+one function, the growth of log(phi(l) / l) over a log-distance, in a form without cancellation. At strength eta it is
+psi(l) = l^(1 - eta) phi(l)^eta, and log(psi(l) / l) grows by eta times as much: 0 is the ODE of every scaler.
 """
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -20,16 +21,28 @@ class NoiseScaler:
 
     Attributes:
         name: as the user wrote it, for messages.
-        log_growth: `(er_lambda, distance)`, float64 tensors that broadcast, to log(phi(l) / l) at
-            `l = er_lambda * exp(distance)` less its value at `l = er_lambda`; `distance >= 0`, and inf gives the limit.
+        full_growth: log_growth at strength 1.
         at_infinity: whether phi(l) / l has a limit (infinity counts) that a flow schedule may start from.
-        form: which functional form csrc/er_sde_plan.h has for it, and its eta; None for a user's function.
+        form: which functional form csrc/er_sde_plan.h has for it; None for a user's function.
+        strength: eta of the scaler itself.
     """
 
     name: str
-    log_growth: Callable[[Tensor, Tensor], Tensor]
+    full_growth: Callable[[Tensor, Tensor], Tensor]
     at_infinity: bool = True
-    form: tuple[int, float] | None = None
+    form: int | None = None
+    strength: float = 1.0
+
+    def log_growth(self, l: Tensor, y: Tensor, eta: float) -> Tensor:
+        """log(psi / l) at `l exp(y)` less its value at `l`, of this scaler at strength eta.
+
+        Args:
+            l, y: er_lambdas and distances, float64 tensors that broadcast; `y >= 0`, and inf gives the limit.
+        """
+        strength = self.strength * eta
+        if strength == 0:  # of an infinite distance too
+            return torch.zeros_like(y).expand(torch.broadcast_shapes(l.shape, y.shape))
+        return strength * self.full_growth(l, y)
 
 
 def reverse_time_sde(eta: float) -> NoiseScaler:
@@ -38,15 +51,20 @@ def reverse_time_sde(eta: float) -> NoiseScaler:
     Args:
         eta: at least 0 and finite.
     """
-    if not (isinstance(eta, (int, float)) and math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta must be a finite number of at least 0, got {eta!r}")
-    return NoiseScaler(f"reverse_time_sde({eta:g})", partial(_power, float(eta)), form=(0, float(eta)))
+    eta = nonnegative("eta", eta)
+    return NoiseScaler(f"reverse_time_sde({eta!r})", _sde, form=0, strength=eta)
 
 
-def _power(eta: float, l: Tensor, y: Tensor) -> Tensor:
-    """phi = l^(eta + 1): log(phi / l) grows by eta times the distance."""
-    shape = torch.broadcast_shapes(l.shape, y.shape)
-    return eta * y.expand(shape) if eta else torch.zeros_like(y).expand(shape)  # 0 of an infinite distance too
+def nonnegative(name: str, value) -> float:
+    """The value of a strength, checked."""
+    if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
+def _sde(l: Tensor, y: Tensor) -> Tensor:
+    """phi = l^2."""
+    return y.expand(torch.broadcast_shapes(l.shape, y.shape))
 
 
 def _sde_1(l: Tensor, y: Tensor) -> Tensor:
@@ -76,11 +94,11 @@ def _sde_5(l: Tensor, y: Tensor) -> Tensor:
 NOISE_SCALERS = {
     "ode": reverse_time_sde(0),
     "sde": reverse_time_sde(1),
-    "sde_1": NoiseScaler("sde_1", _sde_1, form=(1, 0.0)),
+    "sde_1": NoiseScaler("sde_1", _sde_1, form=1),
     "sde_2": reverse_time_sde(0.5),
     "sde_3": reverse_time_sde(1.5),
-    "sde_4": NoiseScaler("sde_4", _sde_4, at_infinity=False, form=(2, 0.0)),
-    "sde_5": NoiseScaler("sde_5", _sde_5, form=(3, 0.0)),
+    "sde_4": NoiseScaler("sde_4", _sde_4, at_infinity=False, form=2),
+    "sde_5": NoiseScaler("sde_5", _sde_5, form=3),
 }
 
 
@@ -121,7 +139,7 @@ def _from_callable(phi: Callable[[Tensor], Tensor]) -> NoiseScaler:
             )
         return value
 
-    def log_growth(l: Tensor, y: Tensor) -> Tensor:
+    def full_growth(l: Tensor, y: Tensor) -> Tensor:
         return torch.log(evaluate(l * torch.exp(y)) / evaluate(l)) - y
 
-    return NoiseScaler(name, log_growth, at_infinity=False)
+    return NoiseScaler(name, full_growth, at_infinity=False)

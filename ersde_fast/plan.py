@@ -12,14 +12,14 @@ and no weight depends on data.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .noise_scaler import NoiseScaler, get_noise_scaler
+from .noise_scaler import NoiseScaler, get_noise_scaler, nonnegative
 
 try:
     from . import _C
@@ -120,6 +120,7 @@ class Plan(_Table):
     node_scale: float
     integration_points: int | None
     s_noise: float
+    eta: float
     first_step: int = 0
 
     @cached_property
@@ -140,7 +141,7 @@ class Plan(_Table):
             raise ValueError(f"i must be 0 to {self.num_steps - 1} (the plan has {self.num_steps} steps), got {i}")
         return _build(
             self.sigmas[i:], None if self.process else self.alphas[i:], self.orders[i:], self.process, self.noise_scaler,
-            self.method, self.node_scale, self.integration_points, self.s_noise, self.first_step + i,
+            self.method, self.node_scale, self.integration_points, self.s_noise, self.eta, self.first_step + i,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -154,7 +155,7 @@ class Plan(_Table):
         alphas = None if self.process else self.alphas.to(CPU)
         er_sde_plan(
             self.sigmas.to(CPU), alphas, self.process or "ve", self.orders, self.noise_scaler, self.method,
-            self.node_scale, self.integration_points, self.s_noise,
+            self.node_scale, self.integration_points, self.s_noise, self.eta,
         )  # fmt: skip
 
 
@@ -212,6 +213,7 @@ def er_sde_plan(
     node_scale: float | None = None,
     integration_points: int | None = None,
     s_noise: float = 1.0,
+    eta: float = 1.0,
 ) -> Plan:
     """Builds the weights of an ER-SDE sampling run.
 
@@ -237,6 +239,8 @@ def er_sde_plan(
         integration_points: taylor only; None integrates exactly, a number takes the left Riemann sum of that many points
             (100: the authors' code, 200: ComfyUI).
         s_noise: multiplies the noise.
+        eta: the strength of the noise scaler, at least 0: log(phi(l) / l) grows by eta times as much. 0 is the ODE, whatever the
+            scaler; "sde" at eta is "reverse_time_sde(eta)". The marginals stay those of the process, unlike with s_noise.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.
@@ -259,8 +263,7 @@ def er_sde_plan(
             raise ValueError(f'integration_points needs method="taylor", got {integration_points!r} with method="{method}"')
         if not _is_int(integration_points) or not 1 <= integration_points <= 10**6:
             raise ValueError(f"integration_points must be None or a whole number from 1 to 10^6, got {integration_points!r}")
-    if not (isinstance(s_noise, (int, float)) and math.isfinite(s_noise) and s_noise >= 0):
-        raise ValueError(f"s_noise must be a finite number of at least 0, got {s_noise!r}")
+    s_noise, eta = nonnegative("s_noise", s_noise), nonnegative("eta", eta)
     noise_scaler = get_noise_scaler(noise_scaler)
     by_kernel = noise_scaler.form is not None and _C is not None
     device = sigmas.device if by_kernel and _C.has_cuda and isinstance(sigmas, Tensor) and sigmas.is_cuda else CPU
@@ -271,7 +274,7 @@ def er_sde_plan(
             raise ValueError(f"alphas must have the length of sigmas, {len(sigmas)}, got {len(alphas)}")
     return _build(
         sigmas, alphas, _orders(order, len(sigmas) - 1, method), process, noise_scaler, method,
-        float(node_scale), integration_points, float(s_noise), 0,
+        float(node_scale), integration_points, s_noise, eta, 0,
     )  # fmt: skip
 
 
@@ -335,7 +338,7 @@ def _build(sigmas, alphas, orders, process, noise_scaler, *options) -> Plan:
 
 
 def _build_by_torch(
-    sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, first_step
+    sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, eta, first_step
 ) -> Plan:
     """The plan of any noise scaler, on the host, every step of it checked."""
     _check_levels("sigmas", sigmas)
@@ -356,17 +359,17 @@ def _build_by_torch(
             f"sigmas must not rise: er_lambda = sigma / alpha goes from {er_lambdas[at - 1].item():g} at index {at - 1} "
             f"to {er_lambdas[at].item():g} at index {at}; sort the schedule from noise to data"
         )
-    if math.isinf(er_lambdas[0]) and not math.isinf(er_lambdas[-1]) and not noise_scaler.at_infinity:
+    if math.isinf(er_lambdas[0]) and not math.isinf(er_lambdas[-1]) and not noise_scaler.at_infinity and eta:
         raise ValueError(
             f"noise_scaler {noise_scaler.name} has no limit at er_lambda = inf, where the schedule starts (alpha = 0): "
             f"start it below, with sigmas[0] < 1, or use another noise_scaler"
         )
-    weights = _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scale, integration_points, s_noise)
+    weights = _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scale, integration_points, s_noise, eta)
     table = torch.cat([weights, _behind(sigmas[:-1], alphas[:-1], first_step)], dim=1)
     draws = bool((weights[:, -1] != 0).any())
     return Plan(
         sigmas, alphas, er_lambdas, table, draws, orders, process, noise_scaler, method, node_scale, integration_points, s_noise,
-        first_step,
+        eta, first_step,
     )  # fmt: skip
 
 
@@ -394,26 +397,26 @@ def _behind(sigma: Tensor, alpha: Tensor, first_step: int) -> Tensor:
 
 
 def _build_by_kernel(
-    sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, first_step
+    sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, eta, first_step
 ) -> Plan:
     """The plan of a named scaler, where sigmas lie, by csrc/er_sde_plan.h: nothing waits for a device, and a step that cannot be
     is a row of NaN."""
-    alike = len(set(orders)) == 1
+    alike, strength = len(set(orders)) == 1, noise_scaler.strength * eta
     by_step = None if alike else torch.tensor(orders, dtype=torch.int32, device=CPU).to(sigmas.device, non_blocking=True)
     table, schedule = _C.plan(
         sigmas, alphas, 0 if process is None else 1 + list(PROCESSES).index(process), max(orders), by_step,
-        *noise_scaler.form, list(MAX_ORDER).index(method), node_scale, integration_points or 0, s_noise, first_step,
+        noise_scaler.form, strength, list(MAX_ORDER).index(method), node_scale, integration_points or 0, s_noise, first_step,
     )  # fmt: skip
     if sigmas.device == CPU:
         draws = bool((table[:, max(orders) + 1] != 0).any())
     else:
-        draws = s_noise != 0 and noise_scaler.form != (0, 0.0)
+        draws = s_noise != 0 and strength != 0
     return Plan(
-        *schedule, table, draws, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, first_step
+        *schedule, table, draws, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, eta, first_step
     )
 
 
-def _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scale, integration_points, s_noise) -> Tensor:
+def _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scale, integration_points, s_noise, eta) -> Tensor:
     """The table [num_steps, order + 2], and the check of its invariants."""
     order = max(orders)
     l_s, l_t = er_lambdas[:-1], er_lambdas[1:]
@@ -429,7 +432,8 @@ def _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scal
         return weights
     l_s, l_t, alpha_t, sigma_t = l_s[steps], l_t[steps], alphas[1:][steps], sigmas[1:][steps]
     distance = _log_ratio(l_s, l_t)
-    log_rho = -noise_scaler.log_growth(l_t, distance)
+    growth = partial(noise_scaler.log_growth, eta=eta)
+    log_rho = -growth(l_t, distance)
     inadmissible = ~(log_rho <= 8 * EPS)
     if inadmissible.any():
         at = int(inadmissible.nonzero()[0])
@@ -450,7 +454,7 @@ def _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scal
             continue
         slots = torch.argsort((~uses[rows]).to(torch.uint8), dim=1, stable=True)[:, :n]
         nodes = er_lambdas[steps[rows, None] - slots]
-        panel = _panels(l_s[rows], l_t[rows], noise_scaler, node_scale, integration_points)
+        panel = _panels(l_s[rows], l_t[rows], growth, node_scale, integration_points)
         rule = _newton if method == "newton" else _taylor
         weights[steps[rows, None], 1 + slots] += alpha_t[rows, None] * rule(panel, nodes, node_scale)
 
@@ -501,11 +505,11 @@ class _Panels(NamedTuple):
         return torch.zeros(self.num_rows, dtype=torch.float64, device=CPU).index_add_(0, self.row, (self.w * f).sum(1))
 
 
-def _panels(l_s: Tensor, l_t: Tensor, noise_scaler: NoiseScaler, node_scale: float, points: int | None) -> _Panels:
+def _panels(l_s: Tensor, l_t: Tensor, growth: Callable, node_scale: float, points: int | None) -> _Panels:
     if points is not None:
         # Existing samplers sum only the 1/phi part, from the left; the part without it they integrate exactly. Their rule
         # is kept as it is: the weight of the exact part is carried by two nodes that integrate linear functions.
-        return _riemann_panels(l_s, l_t, noise_scaler, points)
+        return _riemann_panels(l_s, l_t, growth, points)
     reach = distance = _log_ratio(l_s, l_t)
     if math.isfinite(node_scale):
         reach = torch.minimum(distance, math.log(1e17) + torch.log(l_t.clamp(min=node_scale)) - torch.log(l_t))
@@ -514,15 +518,15 @@ def _panels(l_s: Tensor, l_t: Tensor, noise_scaler: NoiseScaler, node_scale: flo
     width = (reach / count)[row, None]
     y = width * (index[:, None] + (1 + _GAUSS_X) / 2)
     l = l_t[row, None] * torch.exp(y)
-    kernel = -torch.expm1(-(y + noise_scaler.log_growth(l_t[row, None], y)))
+    kernel = -torch.expm1(-(y + growth(l_t[row, None], y)))
     return _Panels(row, l, kernel * l * width / 2 * _GAUSS_W, len(l_s))
 
 
-def _riemann_panels(l_s: Tensor, l_t: Tensor, noise_scaler: NoiseScaler, points: int) -> _Panels:
+def _riemann_panels(l_s: Tensor, l_t: Tensor, growth: Callable, points: int) -> _Panels:
     h = ((l_s - l_t) / points)[:, None]
     l = l_t[:, None] + h * torch.arange(points, dtype=torch.float64, device=CPU)
     y = _log_ratio(l, l_t[:, None])
-    inverse = torch.exp(-(y + noise_scaler.log_growth(l_t[:, None], y)))
+    inverse = torch.exp(-(y + growth(l_t[:, None], y)))
     ends = torch.stack([l_t, l_s], dim=1)
     half = ((l_s - l_t) / 2)[:, None].expand(-1, 2)
     return _Panels(

@@ -28,6 +28,7 @@ def sample_er_sde(
     method: str | None = None,
     node_scale: float | None = None,
     integration_points: int | None = None,
+    eta: float = 1.0,
     generator: torch.Generator | None = None,
     seed=None,
 ) -> Tensor:
@@ -45,7 +46,7 @@ def sample_er_sde(
             model, and only for steps that add noise.
         noise_scaler: None is "sde_5", the paper's.
         max_stage: the order.
-        process, method, node_scale, integration_points: see `er_sde_plan`.
+        process, method, node_scale, integration_points, eta: see `er_sde_plan`.
         generator, seed: torch's stream or the portable stream for the noise; see `fast_step`.
 
     Returns:
@@ -61,6 +62,7 @@ def sample_er_sde(
         node_scale=node_scale,
         integration_points=integration_points,
         s_noise=s_noise,
+        eta=eta,
     )
     return sample_plan(plan, model, x, extra_args, callback, disable, noise_sampler, generator, seed)
 

@@ -122,13 +122,14 @@ def test_a_step_that_only_the_kernel_knows_and_that_does_not_exist_makes_nan(ext
     assert result.isnan().all() and ring[step % 3].isnan().all()
 
 
-def test_plans():
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_plans(eta):
     plan = er_sde_plan(
-        [1, 0.9, 0.7, 0.7, 0.5, 0.2, 0], process="flow", order=[1, 2, 3, 3, 4, 5], method="newton", node_scale=5.0
+        [1, 0.9, 0.7, 0.7, 0.5, 0.2, 0], process="flow", order=[1, 2, 3, 3, 4, 5], method="newton", node_scale=5.0, eta=eta
     )
     with mock.patch.object(ersde_fast.plan, "_C", cuda_on_host):
         by_kernel = ersde_fast.plan._build_by_kernel(
-            plan.sigmas, None, plan.orders, "flow", plan.noise_scaler, "newton", 5.0, None, 1.0, 0
+            plan.sigmas, None, plan.orders, "flow", plan.noise_scaler, "newton", 5.0, None, 1.0, eta, 0
         )
     torch.testing.assert_close(by_kernel.table, plan.table, rtol=1e-13, atol=1e-13)
 

@@ -99,13 +99,15 @@ def test_command_writes_images(tmp_path):
         "998-1000,5",
         "--steps",
         "4",
+        "--eta",
+        "0.5",
         "--subdirs",
     ]
     subprocess.run([*command, "--outdir", tmp_path / "one"], check=True, cwd=EXAMPLES)
     names = ["000000/000005.png", "000000/000998.png", "000000/000999.png", "001000/001000.png"]
     assert sorted(str(p.relative_to(tmp_path / "one")) for p in (tmp_path / "one").rglob("*.png")) == names
     with torch.no_grad():
-        ((_, images),) = edm.generate(net, [998, 999, 1000, 5], num_steps=4, progress=False)
+        ((_, images),) = edm.generate(net, [998, 999, 1000, 5], num_steps=4, eta=0.5, progress=False)
     expected = (images[0, 0] * 127.5 + 128).clip(0, 255).to(torch.uint8)
     assert np.abs(np.asarray(Image.open(tmp_path / "one" / names[1])).astype(int) - expected.numpy()).max() <= 1
     for rank in "01":

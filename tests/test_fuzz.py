@@ -34,7 +34,7 @@ WRONG = [
     None, "x", -1, 10**30, 2.5, math.nan, True, [], [1.0], {}, object(), torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64),
     torch.zeros(2, 3).to_sparse(), torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(2, 3, device="meta"), np.zeros(3), b"x", (),
 ]  # fmt: skip
-PLAN_NAMES = "sigma alpha process order noise_scaler method node_scale integration_points s_noise er_lambda".split()
+PLAN_NAMES = "sigma alpha process order noise_scaler method node_scale integration_points s_noise eta er_lambda".split()
 STEP_NAMES = (
     "plan i x history noise generator seed prediction_type guidance global_shape global_start torch_layout out backend plan_index "
     "step_index step"
@@ -73,6 +73,7 @@ def plan_arguments(draw, wrong=True):
         "method": method,
         "order": draw(st.integers(1, top)),
         "s_noise": draw(st.sampled_from([0.0, 0.3, 1.0, 1.003])),
+        "eta": draw(st.sampled_from([0.0, 0.4, 1.0, 2.0])),
     }
     arguments["noise_scaler"] = draw(
         st.sampled_from(["ode", "sde", "sde_1", "sde_2", "sde_3", "sde_5", "reverse_time_sde(0.3)"])
@@ -370,7 +371,7 @@ def test_runs(arguments, data):
     options = {
         k: v
         for k, v in arguments.items()
-        if k in ("process", "method", "node_scale", "integration_points", "s_noise", "noise_scaler")
+        if k in ("process", "method", "node_scale", "integration_points", "s_noise", "eta", "noise_scaler")
     }
     plan = plan_or_none(arguments if "alphas" not in arguments else {k: v for k, v in arguments.items() if k != "alphas"})
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

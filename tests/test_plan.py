@@ -96,9 +96,12 @@ class ExactStep:
         return w_d
 
 
-@pytest.mark.parametrize("scaler", PHI)
+@pytest.mark.parametrize(
+    "scaler, eta",
+    [*((scaler, 1) for scaler in PHI), ("sde_1", 0.3), ("sde_4", 2), ("sde_5", 0.3), ("sde_5", 2.5), ("sde_5", 1e-6)],
+)
 @pytest.mark.parametrize("l_t, log_ratio", [(1e-3, 0.01), (1e-3, 9.0), (0.7, 0.3), (30.0, 1.5), (120.0, 9.0), (0.9e6, 0.1)])
-def test_weights_equal_forty_digit_arithmetic(scaler, l_t, log_ratio):
+def test_weights_equal_forty_digit_arithmetic(scaler, eta, l_t, log_ratio):
     if scaler == "sde_4":  # admissible below er_lambda 1022
         l_t, log_ratio = min(l_t, 1.0), min(log_ratio, 6.0)
     l_s = l_t * math.exp(log_ratio)
@@ -106,9 +109,9 @@ def test_weights_equal_forty_digit_arithmetic(scaler, l_t, log_ratio):
     cases = [("taylor", n, math.inf) for n in (1, 2, 3)]
     cases += [("newton", n, c) for n, c in [(2, math.inf), (3, math.inf), (4, math.inf), (5, math.inf), (3, 5.0), (5, 5.0)]]
     with mp.workdps(40):
-        step = ExactStep(l_s, l_t, PHI[scaler])
+        step = ExactStep(l_s, l_t, lambda l: l ** (1 - mp.mpf(eta)) * PHI[scaler](l) ** mp.mpf(eta))
         for method, order, node_scale in cases:
-            plan = er_sde_plan(schedule, order=order, noise_scaler=scaler, method=method, node_scale=node_scale)
+            plan = er_sde_plan(schedule, order=order, noise_scaler=scaler, method=method, node_scale=node_scale, eta=eta)
             nodes = [mp.mpf(l) for l in schedule[5 - order : 5][::-1]]
             w_d = step.taylor(nodes) if method == "taylor" else step.newton(nodes, node_scale)
             row = plan.weights[4].tolist()
@@ -171,11 +174,11 @@ def schedules(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(schedules(), st.sampled_from(SCALERS), st.sampled_from(RULES))
-def test_invariants(schedule, scaler, rule):
+@given(schedules(), st.sampled_from(SCALERS), st.sampled_from(RULES), st.sampled_from([0.0, 1e-9, 0.4, 1.0, 3.0]))
+def test_invariants(schedule, scaler, rule, eta):
     process, sigmas = schedule
     method, order, node_scale = rule
-    plan = er_sde_plan(sigmas, process=process, order=order, noise_scaler=scaler, method=method, node_scale=node_scale)
+    plan = er_sde_plan(sigmas, process=process, order=order, noise_scaler=scaler, method=method, node_scale=node_scale, eta=eta)
     weights, l = plan.weights, plan.er_lambdas
     assert weights.shape == (plan.num_steps, order + 2) and weights.dtype == torch.float64
     assert torch.isfinite(weights).all()
@@ -312,6 +315,56 @@ def test_starting_at_is_a_plan_without_history():
 def test_s_noise_multiplies_the_noise_only():
     one, half = er_sde_plan([9, 7, 5]), er_sde_plan([9, 7, 5], s_noise=0.5)
     assert torch.equal(half.weights[:, -1], one.weights[:, -1] / 2) and torch.equal(half.weights[:, :-1], one.weights[:, :-1])
+
+
+# ---- the strength of a scaler ----
+
+STARTS = [("ve", karras(9)), ("flow", [1.0, 0.8, 0.5, 0.2, 0.0]), ("vp", [1.0, 0.8, 0.5, 0.2])]
+
+
+@pytest.mark.parametrize("process, sigmas", STARTS)
+@pytest.mark.parametrize("scaler", [*PHI, lambda l: l**2, lambda l: -l])
+@pytest.mark.parametrize("rule", [{}, {"integration_points": 50}, {"method": "newton", "order": 5}])
+def test_eta_0_is_the_ode_of_every_scaler(process, sigmas, scaler, rule):
+    """Those too that are inadmissible, or have no limit at er_lambda = inf."""
+    plan = er_sde_plan(sigmas, process=process, noise_scaler=scaler, eta=0, **rule)
+    expected = er_sde_plan(sigmas, process=process, noise_scaler="ode", **rule)
+    torch.testing.assert_close(plan.table, expected.table, rtol=1e-13, atol=1e-15)
+    assert not plan.draws and plan.eta == 0
+
+
+@pytest.mark.parametrize("process, sigmas", STARTS)
+@pytest.mark.parametrize("eta", [0.25, 1, 1.5])
+def test_sde_at_eta_is_the_reverse_time_sde(process, sigmas, eta):
+    expected = er_sde_plan(sigmas, process=process, noise_scaler=reverse_time_sde(eta)).table
+    assert torch.equal(er_sde_plan(sigmas, process=process, noise_scaler="sde", eta=eta).table, expected)
+    halves = er_sde_plan(sigmas, process=process, noise_scaler=reverse_time_sde(2 * eta), eta=0.5)
+    assert torch.equal(halves.table, expected)
+
+
+def test_eta_of_a_callable_is_its_power():
+    phi = lambda l: l * (l.exp() + 1)  # noqa: E731
+    expected = er_sde_plan(karras(9), noise_scaler=lambda l: l**0.7 * phi(l) ** 0.3).weights
+    torch.testing.assert_close(er_sde_plan(karras(9), noise_scaler=phi, eta=0.3).weights, expected, rtol=1e-11, atol=1e-15)
+
+
+def test_eta_where_the_schedule_starts_at_infinity():
+    """The scaler's own limit: infinite for all but sde_1, whose phi / l tends to 11."""
+    for scaler in ("sde", "sde_3", "sde_5"):
+        assert er_sde_plan([1.0, 0.8, 0.5], process="flow", noise_scaler=scaler, eta=0.1).weights[0, 0] == 0
+    rho = ((math.exp(-1 / 4) + 10) / 11) ** 0.5
+    plan = er_sde_plan([1.0, 0.8, 0.5], process="flow", noise_scaler="sde_1", eta=0.5)
+    assert plan.weights[0, 0] == pytest.approx(0.8 * rho, rel=1e-14)
+
+
+@pytest.mark.parametrize("scaler", ["sde_5", lambda l: l**1.5])
+def test_eta_stays_the_plans(scaler):
+    plan = er_sde_plan(karras(9), noise_scaler=scaler, eta=0.4)
+    rest = er_sde_plan(karras(9)[3:], noise_scaler=scaler, eta=0.4)
+    assert plan.eta == 0.4 and plan.starting_at(3).eta == 0.4
+    assert torch.equal(plan.starting_at(3).weights, rest.weights)
+    plan.check()
+    er_sde_plan([1e4, 5e3, 100], noise_scaler="sde_4", eta=0).check()
 
 
 def test_callable_scaler_equals_the_named_one():
@@ -458,6 +511,11 @@ def test_a_stack_of_what_is_no_plan(plans):
         (dict(integration_points=1.5), ValueError, r"whole number from 1 to 10\^6, got 1.5"),
         (dict(s_noise=-1), ValueError, r"s_noise must be a finite number of at least 0, got -1"),
         (dict(s_noise=math.nan), ValueError, r"s_noise must be a finite number"),
+        (dict(eta=-0.5), ValueError, r"eta must be a finite number of at least 0, got -0.5"),
+        (dict(eta=math.inf), ValueError, r"eta must be a finite number of at least 0, got inf"),
+        (dict(eta=[1, 1]), ValueError, r"eta must be a finite number of at least 0, got \[1, 1\]"),
+        (dict(sigmas=[1, 0.5], process="flow", noise_scaler="sde_4", eta=0.1), ValueError, r"no limit at er_lambda = inf"),
+        (dict(sigmas=[1, 0.5], process="flow", noise_scaler=lambda l: l, eta=0.1), ValueError, r"no limit at er_lambda = inf"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments, error, message):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import ersde_fast
 from ersde_fast import er_sde_plan
 from ersde_fast.noise_scaler import NOISE_SCALERS, get_noise_scaler
 from ersde_fast.plan import _build_by_kernel, _build_by_torch
@@ -20,10 +21,12 @@ RULES = [("taylor", n, {}) for n in (1, 2, 3)] + [("taylor", 3, dict(integration
 RULES += [("newton", n, dict(node_scale=scale)) for n in (2, 3, 4, 5) for scale in (math.inf, 5.0)]
 
 
-def both(sigmas, process, order, scaler="sde_5", method="taylor", node_scale=math.inf, integration_points=None, alphas=None):
+def both(
+    sigmas, process, order, scaler="sde_5", method="taylor", node_scale=math.inf, integration_points=None, alphas=None, eta=1.0
+):
     """The plan by the kernel, where sigmas lie, and by the general code on the host."""
     orders = order if isinstance(order, tuple) else (order,) * (len(sigmas) - 1)
-    options = (orders, process, get_noise_scaler(scaler), method, node_scale, integration_points, 0.7, 3)
+    options = (orders, process, get_noise_scaler(scaler), method, node_scale, integration_points, 0.7, eta, 3)
     host = _build_by_torch(sigmas.cpu().double(), None if alphas is None else alphas.cpu().double(), *options)
     return _build_by_kernel(sigmas, alphas, *options), host
 
@@ -45,13 +48,33 @@ def test_the_kernels_table_is_the_hosts(schedule, scaler):
     for method, order, options in RULES:
         if scaler == "sde_4" and (sigmas[0] > 1022 or schedule == "flow"):
             continue
-        assert_same_plan(*both(sigmas, process, order, scaler, method, **options))
+        for eta in (0.0, 0.3, 1.0):
+            assert_same_plan(*both(sigmas, process, order, scaler, method, eta=eta, **options))
 
 
 def test_the_kernel_takes_alphas_and_an_order_for_each_step():
     sigmas, alphas = torch.tensor([0.9, 0.8, 0.5, 0.3, 0.1]), torch.tensor([0.1, 0.3, 0.5, 0.8, 0.9])
     assert_same_plan(*both(sigmas, None, (1, 1, 3, 2), alphas=alphas))
     assert_same_plan(*both(sigmas, "flow", (2, 1, 5, 4), method="newton", node_scale=2.0))
+
+
+@pytest.mark.parametrize("scaler, eta", [("sde_5", 0.0), ("sde_5", 0.3), ("ode", 1.0), ("reverse_time_sde(0.5)", 2.0)])
+@pytest.mark.parametrize("s_noise", [0.0, 1.0])
+def test_whether_a_plan_on_a_device_draws_is_known_without_looking(monkeypatch, scaler, eta, s_noise):
+    options = ((1, 1), "ve", get_noise_scaler(scaler), "taylor", math.inf, None, s_noise, eta, 0)
+    host = _build_by_torch(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), None, *options)
+    monkeypatch.setattr(ersde_fast.plan, "CPU", torch.device("meta"))  # any other than that of sigmas
+    assert _build_by_kernel(host.sigmas, None, *options).draws == host.draws
+
+
+@pytest.mark.parametrize("wrong", [dict(process=4), dict(scaler=4), dict(scaler=-1), dict(method=2)])
+def test_a_number_that_names_nothing_is_refused(wrong):
+    numbers = dict(process=1, scaler=3, method=1) | wrong
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} must be 0 to"):
+        ersde_fast.plan._C.plan(
+            torch.ones(3), None, numbers["process"], 1, None, numbers["scaler"], 1.0, numbers["method"], 5.0, 0, 1.0, 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +92,7 @@ def test_the_kernel_takes_alphas_and_an_order_for_each_step():
 def test_what_the_host_refuses_is_nan_and_check_says_why(sigmas, process, scaler, rows, message):
     sigmas, n = torch.tensor(sigmas, dtype=torch.float64), len(sigmas) - 1
     plan = _build_by_kernel(
-        sigmas, None, (1,) * n, process, get_noise_scaler(scaler), "taylor", math.inf, None, 1.0, 0
+        sigmas, None, (1,) * n, process, get_noise_scaler(scaler), "taylor", math.inf, None, 1.0, 1.0, 0
     )  # fmt: skip
     assert plan.weights.isnan().all(1).nonzero().flatten().tolist() == rows
     assert not plan.table[:, -1].isnan().any()
@@ -87,7 +110,7 @@ def test_check_is_silent_about_a_plan_that_fits():
 def test_a_plan_is_built_where_its_sigmas_lie(schedule):
     process, sigmas = SCHEDULES[schedule]
     on_device = sigmas.cuda()
-    for method, order, options in RULES:
+    for method, order, options in [*RULES, ("newton", 3, dict(eta=0.3)), ("newton", 3, dict(eta=0.0))]:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -95,6 +118,8 @@ def test_a_plan_is_built_where_its_sigmas_lie(schedule):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert plan.table.is_cuda and plan.sigmas.is_cuda
-        assert_same_plan(plan, er_sde_plan(sigmas, process=process, order=order, method=method, **options))
+        host = er_sde_plan(sigmas, process=process, order=order, method=method, **options)
+        assert_same_plan(plan, host)
+        assert plan.draws == host.draws
     with pytest.raises(ValueError, match="sigmas must not rise"):
         er_sde_plan(on_device.flip(0), process=process).check()

@@ -57,9 +57,9 @@ def test_k_diffusion_conventions():
     assert torch.equal(seen[0]["x"], x)
 
 
-@pytest.mark.parametrize("scaler", ["ode", "sde_5", lambda l: l**1.5])
+@pytest.mark.parametrize("scaler, eta", [("ode", 1), ("sde_5", 1), ("sde_5", 0.4), ("sde_5", 2), (lambda l: l**1.5, 1)])
 @pytest.mark.parametrize("process", ["ve", "vp", "flow"])
-def test_samples_have_the_moments_of_the_data(scaler, process):
+def test_samples_have_the_moments_of_the_data(scaler, eta, process):
     """Enough steps of the exact denoiser end in the data's distribution."""
     torch.manual_seed(0)
     n = 40_000
@@ -73,7 +73,7 @@ def test_samples_have_the_moments_of_the_data(scaler, process):
 
     x = torch.randn(n, 1, dtype=torch.float64)
     x = (20 if process == "ve" else 1) * x
-    result = sample_er_sde(model, x, sigmas, disable=True, process=process, noise_scaler=scaler, seed=11)
+    result = sample_er_sde(model, x, sigmas, disable=True, process=process, noise_scaler=scaler, eta=eta, seed=11)
     # Five standard errors, and what the schedule's ends leave of the start.
     assert abs(result.mean().item() - MEAN) < 5 * STD / math.sqrt(n) + 5e-3
     assert abs(result.std().item() - STD) < 5 * STD / math.sqrt(2 * n) + 5e-3
@@ -114,11 +114,16 @@ def test_options_reach_the_plan():
         dict(node_scale=4.0),
         dict(integration_points=3),
         dict(max_stage=1),
+        dict(eta=0.5),
     ):
         assert not torch.equal(default, sample_er_sde(gaussian_model, x, SIGMAS, **draw, **options))
     assert torch.equal(
         sample_er_sde(gaussian_model, x, SIGMAS, disable=True, s_noise=0.0),
         sample_er_sde(gaussian_model, x, SIGMAS, s_noise=0.0, **draw),
+    )
+    assert torch.equal(
+        sample_er_sde(gaussian_model, x, SIGMAS, disable=True, noise_scaler="ode"),
+        sample_er_sde(gaussian_model, x, SIGMAS, eta=0, **draw),
     )
 
 

@@ -53,6 +53,7 @@ def er_sde_sampler(
     method: str | None = None,
     node_scale: float | None = None,
     s_noise: float = 1.0,
+    eta: float = 1.0,
 ) -> Tensor:
     """In the place of EDM's `edm_sampler`, with its arguments.
 
@@ -63,7 +64,7 @@ def er_sde_sampler(
         randn_like: draws a step's noise from a tensor like it; with `seed` None and without it torch's own stream is drawn.
         seed: the portable stream for the steps' noise, see `ersde_fast.fast_step`.
         num_steps: evaluations of the network.
-        max_stage, noise_scaler, method, node_scale, s_noise: see `ersde_fast.sample_er_sde`.
+        max_stage, noise_scaler, method, node_scale, s_noise, eta: see `ersde_fast.sample_er_sde`.
 
     Returns:
         [batch, channels, height, width] the images.
@@ -72,7 +73,7 @@ def er_sde_sampler(
     return sample_er_sde(
         lambda x, sigma: net(x, sigma, class_labels), sigmas[0].item() * latents, sigmas, disable=True, s_noise=s_noise,
         noise_sampler=None if randn_like is None else lambda sigma, sigma_next: randn_like(latents), noise_scaler=noise_scaler,
-        max_stage=max_stage, method=method, node_scale=node_scale, seed=seed,
+        max_stage=max_stage, method=method, node_scale=node_scale, eta=eta, seed=seed,
     )  # fmt: skip
 
 
@@ -183,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rho", type=float, default=7.0)
     parser.add_argument("--order", type=int, default=3)
     parser.add_argument("--noise_scaler", default="sde_5")
+    parser.add_argument("--eta", type=float, default=1.0, help="strength of the noise scaler (default 1)")
     parser.add_argument("--method", choices=["newton", "taylor"])
     parser.add_argument("--node_scale", type=float)
     args = parser.parse_args(arguments)
@@ -195,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batches = generate(
         net, args.seeds[rank::processes], args.batch, args.class_index, args.device, progress=rank == 0, num_steps=args.steps,
         sigma_min=args.sigma_min, sigma_max=args.sigma_max, rho=args.rho, max_stage=args.order, noise_scaler=args.noise_scaler,
-        method=args.method, node_scale=args.node_scale,
+        method=args.method, node_scale=args.node_scale, eta=args.eta,
     )  # fmt: skip
     for seeds, images in batches:
         save_images(images, seeds, args.outdir, args.subdirs)
