@@ -204,8 +204,10 @@ def test_damaged_files_are_named_and_nothing_else_is_lost(tmp_path):
 def test_files_of_another_run_are_not_touched(tmp_path):
     folder, files = filled(tmp_path)
     before = files[0].read_bytes()
-    other = er_sde_plan([10, 6, 3, 1.5, 0.7, 0.3, 0], s_noise=1.1)
-    for arguments in ((other, range(20), SHAPE), (PLAN, range(20), (5, 3))):
+    levels = PLAN.sigmas
+    others = [er_sde_plan(levels, s_noise=1.1), er_sde_plan(levels, eta=0.9), er_sde_plan([12, *levels]).starting_at(1)]
+    others += [er_sde_plan(levels * (1 + 2e-7)), er_sde_plan(levels, order=[1, 2, 3, 3, 2, 1])]
+    for arguments in (*((other, range(20), SHAPE) for other in others), (PLAN, range(20), (5, 3))):
         with pytest.raises(ValueError, match="is of a run with another plan, shape or dtype"):
             generate(model, *arguments, folder, progress=False)
     with pytest.raises(ValueError, match="is of a run with another plan, shape or dtype"):
@@ -214,6 +216,18 @@ def test_files_of_another_run_are_not_touched(tmp_path):
     with pytest.raises(ValueError, match="both hold seed 0"):
         generate(model, PLAN, range(20), SHAPE, folder, progress=False)
     assert files[0].read_bytes() == before
+
+
+def test_a_run_is_known_by_its_plans_numbers(tmp_path):
+    """Not by the name of its scaler, which functions share; and whichever builder made the plan."""
+    powers = [er_sde_plan(PLAN.sigmas, noise_scaler=lambda l, p=p: l**p) for p in (1.5, 1.6)]
+    generate(model, powers[0], [1], SHAPE, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="is of a run with another plan"):
+        generate(model, powers[1], [1, 2], SHAPE, tmp_path, progress=False)
+    named = er_sde_plan(PLAN.sigmas, noise_scaler="sde_2")
+    assert not torch.equal(named.weights, powers[0].weights)
+    generate(model, named, [1, 2], SHAPE, tmp_path, progress=False)
+    assert len(load_samples(tmp_path)) == 2
 
 
 def test_the_index_is_data(tmp_path):
