@@ -55,15 +55,32 @@ ERSDE_PLAN_FN double number(const void* p, DType t, int64_t i) {
   return (double)NAN;
 }
 
+// Four ulps of a number's own precision, relative: float32's where that holds the number, whatever carries it here.
+ERSDE_PLAN_FN double rounding(double v) { return 4 * ((double)(float)v == v ? 0x1p-23 : kEps); }
+
+// A level from 0 to `largest` where rounding alone put it outside.
+ERSDE_PLAN_FN double bounded(double v, double largest) {
+  if (v < 0 && v >= -rounding(v)) return 0;
+  return v > largest && v <= largest + rounding(v) ? largest : v;
+}
+
 // A level of the schedule; NaN where it is none.
 ERSDE_PLAN_FN Level level_of(const PlanArgs& a, int64_t i) {
-  Level v{number(a.sigmas, a.sigmas_dtype, i), 1, 0};
-  if (a.process == Process::given) v.alpha = number(a.alphas, a.alphas_dtype, i);
+  const double largest = a.process == Process::vp || a.process == Process::flow ? 1 : (double)INFINITY;
+  Level v{bounded(number(a.sigmas, a.sigmas_dtype, i), largest), 1, 0};
+  if (a.process == Process::given) v.alpha = bounded(number(a.alphas, a.alphas_dtype, i), (double)INFINITY);
   if (a.process == Process::vp) v.alpha = sqrt((1 - v.sigma) * (1 + v.sigma));
   if (a.process == Process::flow) v.alpha = 1 - v.sigma;
   const bool fits = v.sigma >= 0 && v.alpha >= 0 && v.sigma + v.alpha < (double)INFINITY && v.sigma + v.alpha > 0;
   v.l = fits ? v.sigma / v.alpha : (double)NAN;
   return v;
+}
+
+// Whether t is the level s again, up to rounding.
+ERSDE_PLAN_FN bool repeats(const PlanArgs& a, const Level& s, const Level& t) {
+  const auto close = [](double v, double w) { return fabs(v - w) <= fmin(rounding(v), rounding(w)) * v; };
+  if (!(s.l >= 0 && t.l >= 0)) return false;  // NaN
+  return close(s.sigma, t.sigma) && (a.process != Process::given || close(s.alpha, t.alpha));
 }
 
 // log(a / b) for a >= b > 0, to full relative precision where they are close.
@@ -193,11 +210,11 @@ template <typename Lanes>
 ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& lanes, double* w) {
   const Level s = level_of(a, i), t = level_of(a, i + 1);
   for (int c = 0; c < a.order + 2; ++c) w[c] = 0;
-  if (!(t.l <= s.l)) return false;
-  if (s.l == t.l) {
-    w[0] = s.alpha > 0 ? t.alpha / s.alpha : t.sigma / s.sigma;
+  if (repeats(a, s, t) || s.l == t.l) {
+    w[0] = repeats(a, s, t) ? 1 : s.alpha > 0 ? t.alpha / s.alpha : t.sigma / s.sigma;
     return true;
   }
+  if (!(t.l < s.l)) return false;
   if (t.l == 0) {
     w[1] = t.alpha;
     return true;
@@ -212,17 +229,19 @@ ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& la
   const double total = -t.alpha * expm1(log_rho - distance);
   w[1] = total;
 
-  double nodes[kMaxPredictions], d[kMaxPredictions], newer = t.l;
+  double nodes[kMaxPredictions], d[kMaxPredictions];
+  Level newer = t;
   int slots[kMaxPredictions], n = 0;
   const int order = a.orders ? a.orders[i] : a.order;
   for (int slot = 0; slot < order && slot <= i; ++slot) {  // of repeated nodes the newest counts
-    const double l = level_of(a, i - slot).l;
-    if (!(l >= newer)) return false;
-    if (slot == 0 || (l != newer && (!std::isinf(l) || !std::isinf(a.node_scale)))) {
-      nodes[n] = l;
+    const Level v = level_of(a, i - slot);
+    const bool again = repeats(a, v, newer) || v.l == newer.l;
+    if (!again && !(v.l > newer.l)) return false;
+    if (slot == 0 || (!again && (!std::isinf(v.l) || !std::isinf(a.node_scale)))) {
+      nodes[n] = v.l;
       slots[n++] = slot;
     }
-    newer = l;
+    newer = v;
   }
   if (n > 1) {
     a.method == Method::taylor ? taylor(a, nodes, n, t.l, lanes, d) : newton(a, nodes, n, t.l, lanes, d);

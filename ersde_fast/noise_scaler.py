@@ -135,7 +135,7 @@ def _from_callable(phi: Callable[[Tensor], Tensor]) -> NoiseScaler:
             where = int(bad.flatten().nonzero()[0])
             raise ValueError(
                 f"noise_scaler {name} must be positive and finite, "
-                f"got {value.flatten()[where].item():g} at er_lambda {l.flatten()[where].item():g}"
+                f"got {value.flatten()[where].item()} at er_lambda {l.flatten()[where].item()}"
             )
         return value
 

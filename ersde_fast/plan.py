@@ -219,7 +219,8 @@ def er_sde_plan(
 
     Args:
         sigmas: [num_steps + 1] noise levels, non-increasing, the last may be 0. Any device and float dtype; computed in
-            float64. Repeated values are identity steps. The plan of a CUDA tensor is built there by one kernel, without waiting
+            float64. A level that is repeated, to four ulps of its own precision, is an identity step; one that rounding put below
+            0, or above 1 where the process ends there, is 0 or 1. The plan of a CUDA tensor is built there by one kernel, without waiting
             for the device; what is wrong with it is then NaN in the rows concerned, and `plan.check()` says what. (With a
             function as noise_scaler, and without the CUDA extension, it is built on the host.)
         alphas: [num_steps + 1] signal levels; None takes them from `process`.
@@ -267,9 +268,9 @@ def er_sde_plan(
     noise_scaler = get_noise_scaler(noise_scaler)
     by_kernel = noise_scaler.form is not None and _C is not None
     device = sigmas.device if by_kernel and _C.has_cuda and isinstance(sigmas, Tensor) and sigmas.is_cuda else CPU
-    sigmas = _schedule("sigmas", sigmas, device)
+    sigmas = _schedule("sigmas", sigmas, device, MAX_SIGMA.get(process if alphas is None else None, math.inf))
     if alphas is not None:
-        process, alphas = None, _schedule("alphas", alphas, device)
+        process, alphas = None, _schedule("alphas", alphas, device, math.inf)
         if len(alphas) != len(sigmas):
             raise ValueError(f"alphas must have the length of sigmas, {len(sigmas)}, got {len(alphas)}")
     return _build(
@@ -283,6 +284,7 @@ PROCESSES = {
     "vp": lambda sigma: torch.sqrt((1 - sigma) * (1 + sigma)),
     "flow": lambda sigma: 1 - sigma,
 }
+MAX_SIGMA = {"vp": 1.0, "flow": 1.0}
 
 
 def on_host(values):
@@ -294,13 +296,14 @@ def _is_int(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _schedule(name: str, values, device: torch.device) -> Tensor:
-    """A schedule argument as a tensor of its own on the device, float64 (there also float32)."""
+def _schedule(name: str, values, device: torch.device, largest: float) -> Tensor:
+    """A schedule argument as a tensor of its own on the device, float64 (there also float32); of half precision already bounded,
+    since its rounding shows no more afterwards."""
     try:
         if isinstance(values, np.ndarray):
             if np.iscomplexobj(values):
                 raise TypeError(f"they are {values.dtype}")
-            values = values.copy()  # as_tensor refuses negative strides, which a flipped schedule has
+            values = torch.as_tensor(values.copy(), device=CPU)  # a flipped schedule has negative strides, which are refused
         values = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64, device=CPU)
         if values.is_complex() or values.layout != torch.strided:
             raise TypeError(f"they are {values.dtype}, {values.layout}")
@@ -312,7 +315,26 @@ def _schedule(name: str, values, device: torch.device) -> Tensor:
         ) from None
     if schedule.dim() != 1 or len(schedule) < 2:
         raise ValueError(f"{name} must be one-dimensional with at least 2 values, got shape {tuple(schedule.shape)}")
+    if values.dtype in (torch.bfloat16, torch.float16):
+        schedule = _bounded(schedule, largest, 4 * torch.finfo(values.dtype).eps)
     return schedule
+
+
+def _bounded(levels: Tensor, largest: float, rounding: Tensor | float) -> Tensor:
+    """Levels from 0 to `largest` where rounding alone put them outside."""
+    near = (levels >= -rounding) & (levels <= largest + rounding)
+    return torch.where(near, levels.clamp(0, largest), levels)
+
+
+def _rounding(values: Tensor) -> Tensor:
+    """Four ulps of each number's own precision, relative: float32's where that holds the number, whatever carries it here."""
+    return 4 * torch.where(values.float() == values, torch.full_like(values, torch.finfo(torch.float32).eps), EPS)
+
+
+def _repeated(levels: Tensor) -> Tensor:
+    """[num_steps] of bool: which levels their successors repeat, up to rounding."""
+    rounding = _rounding(levels)
+    return (levels[1:] - levels[:-1]).abs() <= torch.minimum(rounding[1:], rounding[:-1]) * levels[:-1]
 
 
 def _orders(order, num_steps: int, method: str) -> tuple[int, ...]:
@@ -341,30 +363,35 @@ def _build_by_torch(
     sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, eta, first_step
 ) -> Plan:
     """The plan of any noise scaler, on the host, every step of it checked."""
+    sigmas = _bounded(sigmas, MAX_SIGMA.get(process, math.inf), _rounding(sigmas))
     _check_levels("sigmas", sigmas)
     if process is None:
+        alphas = _bounded(alphas, math.inf, _rounding(alphas))
         _check_levels("alphas", alphas)
-    elif process != "ve" and sigmas.max() > 1:
-        at = int((sigmas > 1).nonzero()[0])
-        raise ValueError(f'sigmas must be at most 1 for process "{process}", got sigmas[{at}] = {sigmas[at].item():g}')
-    else:
+    elif (beyond := sigmas > MAX_SIGMA.get(process, math.inf)).any():
+        at = int(beyond.nonzero()[0])
+        raise ValueError(f'sigmas must be at most 1 for process "{process}", got sigmas[{at}] = {sigmas[at].item()}')
+    repeated = _repeated(sigmas) if process else _repeated(sigmas) & _repeated(alphas)
+    if process:
         alphas = PROCESSES[process](sigmas)
     er_lambdas = sigmas / alphas
     if (empty := (alphas == 0) & (sigmas == 0)).any():
         raise ValueError(f"alphas and sigmas must not both be 0, as at index {int(empty.nonzero()[0])}")
-    rising = er_lambdas[1:] > er_lambdas[:-1]
+    rising = (er_lambdas[1:] > er_lambdas[:-1]) & ~repeated
     if rising.any():
         at = int(rising.nonzero()[0]) + 1
         raise ValueError(
-            f"sigmas must not rise: er_lambda = sigma / alpha goes from {er_lambdas[at - 1].item():g} at index {at - 1} "
-            f"to {er_lambdas[at].item():g} at index {at}; sort the schedule from noise to data"
+            f"sigmas must not rise: er_lambda = sigma / alpha goes from {er_lambdas[at - 1].item()} at index {at - 1} "
+            f"to {er_lambdas[at].item()} at index {at}; sort the schedule from noise to data"
         )
     if math.isinf(er_lambdas[0]) and not math.isinf(er_lambdas[-1]) and not noise_scaler.at_infinity and eta:
         raise ValueError(
             f"noise_scaler {noise_scaler.name} has no limit at er_lambda = inf, where the schedule starts (alpha = 0): "
             f"start it below, with sigmas[0] < 1, or use another noise_scaler"
         )
-    weights = _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scale, integration_points, s_noise, eta)
+    weights = _weights(
+        sigmas, alphas, er_lambdas, repeated, orders, noise_scaler, method, node_scale, integration_points, s_noise, eta
+    )
     table = torch.cat([weights, _behind(sigmas[:-1], alphas[:-1], first_step)], dim=1)
     draws = bool((weights[:, -1] != 0).any())
     return Plan(
@@ -377,7 +404,7 @@ def _check_levels(name: str, levels: Tensor) -> None:
     bad = ~(torch.isfinite(levels) & (levels >= 0))
     if bad.any():
         at = int(bad.nonzero()[0])
-        raise ValueError(f"{name} must be finite and at least 0, got {name}[{at}] = {levels[at].item():g}")
+        raise ValueError(f"{name} must be finite and at least 0, got {name}[{at}] = {levels[at].item()}")
 
 
 def _behind(sigma: Tensor, alpha: Tensor, first_step: int) -> Tensor:
@@ -416,14 +443,17 @@ def _build_by_kernel(
     )
 
 
-def _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scale, integration_points, s_noise, eta) -> Tensor:
+def _weights(
+    sigmas, alphas, er_lambdas, repeated, orders, noise_scaler, method, node_scale, integration_points, s_noise, eta
+) -> Tensor:
     """The table [num_steps, order + 2], and the check of its invariants."""
     order = max(orders)
     l_s, l_t = er_lambdas[:-1], er_lambdas[1:]
     weights = torch.zeros(len(l_s), order + 2, dtype=torch.float64, device=CPU)
 
-    still = l_s == l_t
-    weights[:, 0] = torch.where(still, torch.where(alphas[:-1] > 0, alphas[1:] / alphas[:-1], sigmas[1:] / sigmas[:-1]), 0.0)
+    still = repeated | (l_s == l_t)
+    ratio = torch.where(alphas[:-1] > 0, alphas[1:] / alphas[:-1], sigmas[1:] / sigmas[:-1])
+    weights[:, 0] = torch.where(repeated, 1.0, torch.where(still, ratio, 0.0))
     last = (l_t == 0) & ~still
     weights[:, 1] = torch.where(last, alphas[1:], 0.0)
 
@@ -439,7 +469,7 @@ def _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scal
         at = int(inadmissible.nonzero()[0])
         raise ValueError(
             f"noise_scaler {noise_scaler.name} is inadmissible at step {int(steps[at])}: phi(l) / l must not decrease with l, "
-            f"but does from er_lambda {l_t[at].item():g} to {l_s[at].item():g}; use another noise_scaler or a shorter schedule"
+            f"but does from er_lambda {l_t[at].item()} to {l_s[at].item()}; use another noise_scaler or a shorter schedule"
         )
     log_rho = torch.where(log_rho >= -8 * EPS, 0.0, log_rho)
     weights[steps, 0] = sigma_t / sigmas[:-1][steps] * torch.exp(log_rho)
@@ -447,7 +477,7 @@ def _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scal
     total = -alpha_t * torch.expm1(log_rho - distance)
     weights[steps, 1] = total
 
-    uses = _distinct_nodes(er_lambdas, orders, node_scale)[steps]
+    uses = _distinct_nodes(er_lambdas, still, orders, node_scale)[steps]
     for n in range(2, order + 1):
         rows = (uses.sum(1) == n).nonzero()[:, 0]
         if len(rows) == 0:
@@ -464,8 +494,8 @@ def _weights(sigmas, alphas, er_lambdas, orders, noise_scaler, method, node_scal
         broken = ~(torch.isfinite(weights[steps]).all(1) & exact)
         at = int(steps[int(broken.nonzero()[0])]) if broken.any() else int((~torch.isfinite(weights).all(1)).nonzero()[0])
         raise ValueError(
-            f"sigmas give no finite, consistent weights at step {at}, from er_lambda {er_lambdas[at].item():g} "
-            f"to {er_lambdas[at + 1].item():g}; space the schedule more evenly or lower the order there"
+            f"sigmas give no finite, consistent weights at step {at}, from er_lambda {er_lambdas[at].item()} "
+            f"to {er_lambdas[at + 1].item()}; space the schedule more evenly or lower the order there"
         )
     return weights
 
@@ -475,7 +505,7 @@ def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a < 2 * b, torch.log1p((a - b) / b), torch.log(a) - torch.log(b))
 
 
-def _distinct_nodes(er_lambdas: Tensor, orders: tuple[int, ...], node_scale: float) -> Tensor:
+def _distinct_nodes(er_lambdas: Tensor, still: Tensor, orders: tuple[int, ...], node_scale: float) -> Tensor:
     """Which of the order newest predictions each step interpolates, [num_steps, order] of bool.
 
     Of repeated nodes only the newest counts; a node at infinity counts only where node_scale makes it an ordinary one.
@@ -484,7 +514,7 @@ def _distinct_nodes(er_lambdas: Tensor, orders: tuple[int, ...], node_scale: flo
     step, slot = torch.arange(num_steps, device=CPU)[:, None], torch.arange(order, device=CPU)
     node = (step - slot).clamp(min=0)
     usable = (slot <= step) & (slot < torch.tensor(orders, device=CPU)[:, None])
-    usable &= (slot == 0) | (er_lambdas[node] != er_lambdas[node + 1])
+    usable &= (slot == 0) | ~still[node]
     if math.isinf(node_scale):
         usable &= (slot == 0) | torch.isfinite(er_lambdas[node])
     return usable

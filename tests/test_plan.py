@@ -284,6 +284,74 @@ def test_repeated_sigma_is_an_identity_step():
     assert er_sde_plan([1.0, 0, 0]).weights[1].tolist() == [1, 0, 0, 0, 0]
 
 
+# ---- levels that rounding moved ----
+
+EPS_OF = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+
+@pytest.mark.parametrize("of", [lambda s: s, lambda s: s.double(), lambda s: s.tolist(), lambda s: s.numpy(), list])
+def test_flows_of_every_shift_start_at_1(of):
+    """As diffusers and ComfyUI shift the levels, in float32: some starts are an ulp above 1."""
+    times = torch.tensor([1000, 750, 250, 1]) / 1000
+    schedules = [shift * times / (1 + (shift - 1) * times) for shift in (1 + k / 100 for k in range(901))]
+    assert any(sigmas[0] > 1 for sigmas in schedules)
+    for sigmas in schedules:
+        plan = er_sde_plan(of(sigmas), process="flow")
+        assert plan.sigmas[0] == (1 if sigmas[0] >= 1 else sigmas[0]) and torch.equal(plan.sigmas[1:], sigmas[1:].double())
+
+
+@pytest.mark.parametrize("process", ["vp", "flow"])
+@pytest.mark.parametrize("dtype, eps", EPS_OF.items())
+def test_levels_beyond_their_bounds_by_rounding_are_the_bounds(process, dtype, eps):
+    expected = er_sde_plan([1.0, 0.5, 0.0], process=process)
+    for k in (1, 2, 4):
+        sigmas = torch.tensor([1 + k * eps, 0.5, -k * eps], dtype=torch.float64).to(dtype)
+        assert sigmas[0] > 1 and sigmas[-1] < 0
+        plan = er_sde_plan(sigmas, process=process)
+        assert torch.equal(plan.table, expected.table) and plan.sigmas.tolist() == [1, 0.5, 0]
+    beyond = torch.tensor([1 + 6 * eps, 0.5, 0.0], dtype=torch.float64).to(dtype)
+    with pytest.raises(ValueError, match=rf'at most 1 for process "{process}", got sigmas\[0\] = {beyond[0].item()}$'):
+        er_sde_plan(beyond, process=process)
+    below = torch.tensor([1.0, 0.5, -6.3 * eps], dtype=torch.float64).to(dtype)
+    with pytest.raises(ValueError, match=rf"at least 0, got sigmas\[2\] = {below[2].item()}$"):
+        er_sde_plan(below, process=process)
+
+
+def test_schedules_counted_down_end_at_0():
+    """np.arange ends a rounding below 0, and 1 - sigma a rounding below alpha 0."""
+    sigmas = np.arange(1.0, -0.025, -0.05)
+    assert sigmas[-1] < 0 and er_sde_plan(sigmas, process="flow").sigmas[-1] == 0
+    above = torch.tensor([1.0000001, 0.5, 0.0])
+    assert er_sde_plan(above, 1 - above).alphas.tolist() == [0, 0.5, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    schedules(), st.sampled_from(RULES), st.sampled_from([torch.float32, torch.float64]),
+    st.lists(st.integers(-3, 3), min_size=40, max_size=40),
+)  # fmt: skip
+def test_levels_that_differ_by_rounding_are_one(schedule, rule, dtype, ulps):
+    """Each level twice, the second some ulps above or below the first: the plan of levels that are twice the same."""
+    process, sigmas = schedule
+    method, order, node_scale = rule
+    options = dict(process=process, order=order, method=method, node_scale=node_scale)
+    first = torch.tensor(sorted({min(s, 0.9) for s in sigmas}, reverse=True), dtype=dtype)
+    again = first * (1 + torch.tensor(ulps[: len(first)], dtype=dtype) * EPS_OF[dtype])
+    close, same = (torch.stack([first, other], dim=1).flatten() for other in (again, first))
+    weights, expected = (er_sde_plan(levels, **options).weights for levels in (close, same))
+    # Levels fall by factors of at most 0.99: of nodes so near 4 ulps are 400 of what a weight divides by, to its power.
+    size = expected.abs().amax(1, keepdim=True)
+    assert ((weights - expected).abs() <= 4000 * order * EPS_OF[dtype] * size).all()
+    assert (weights[::2, 0] == 1).all() and (weights[::2, 1:] == 0).all()
+
+
+def test_nearer_levels_than_rounding_parts_are_levels():
+    """An ulp of half precision is a level of its own; so is what float64 tells apart."""
+    for sigmas in (torch.tensor([1.0, 0.99609375], dtype=torch.bfloat16), [0.7, 0.7 - 1e-12]):
+        row = er_sde_plan(sigmas).rows[0]
+        assert row.w_d and row.w_d[0] > 0
+
+
 def test_defaults():
     """Nothing named: newton in a variable that saturates; a method or its points named: the contract of that method."""
     default = er_sde_plan([9, 7, 5, 3, 2])
