@@ -240,7 +240,7 @@ class _Sums:
         self.total = self.work = None
 
     def say(self, samples: int, failed: bool) -> None:
-        self.total = torch.tensor([samples, failed])
+        self.total = torch.tensor([samples, failed], device="cpu")
         self.work = None if self.group is None else dist.all_reduce(self.total, group=self.group, async_op=True)
 
     def hear(self, own_error: BaseException | None = None) -> int:

@@ -38,13 +38,14 @@ class _Captured:
         self.model, self.prediction_type, self.guidance_scale, self.captured_for = model, prediction_type, guidance_scale, plan
         device = torch.empty(0, device=device).device
         plan = plan.to(device)
-        self.plan = replace(plan, table=plan.table.clone())
-        # The model sees sigma in at least float32: a half-precision sigma would be another time than the plan's.
-        self.levels = plan.sigmas.to(torch.promote_types(dtype, torch.float32))[:, None].repeat(1, shape[0])
         self.plan_in_memory = plan
-        self.x = torch.zeros(tuple(shape), dtype=dtype, device=device)
-        self.seeds = torch.zeros(shape[0], 2, dtype=torch.int64, device=device)
-        self.allocate()
+        with torch.inference_mode(False):  # later calls write what is made here, under inference mode or not
+            self.plan = replace(plan, table=plan.table.clone())
+            # The model sees sigma in at least float32: a half-precision sigma would be another time than the plan's.
+            self.levels = plan.sigmas.to(torch.promote_types(dtype, torch.float32))[:, None].repeat(1, shape[0])
+            self.x = torch.zeros(tuple(shape), dtype=dtype, device=device)
+            self.seeds = torch.zeros(shape[0], 2, dtype=torch.int64, device=device)
+            self.allocate()
         self.replay = self.capture(self.run)
 
     def allocate(self) -> None:

@@ -87,7 +87,8 @@ class _Table:
         if device == self.table.device:
             return self
         if device not in self._copies:
-            moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+            with torch.inference_mode(False):
+                moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
             self._copies[device] = replace(self, **moved)
         return self._copies[device]
 
@@ -181,6 +182,7 @@ class PlanStack(_Table):
         return self.weights.shape
 
 
+@torch.inference_mode(False)  # or what is made under inference mode cannot be trained with
 def stack_plans(plans: Sequence[Plan]) -> PlanStack:
     """Stacks plans so that each sample of a batch can be at its own step of its own plan, in one kernel.
 
@@ -350,6 +352,7 @@ def _orders(order, num_steps: int, method: str) -> tuple[int, ...]:
     return tuple(int(o) for o in orders)
 
 
+@torch.inference_mode(False)
 def _build(sigmas, alphas, orders, process, noise_scaler, *options) -> Plan:
     """The plan of a schedule, `alphas` or `process` given: by the kernel where it can, else, and to say what is wrong, here."""
     if noise_scaler.form is not None and _C is not None:

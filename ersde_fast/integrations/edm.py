@@ -22,18 +22,19 @@ from ..sample import sample_er_sde
 
 
 def karras_sigmas(
-    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, round_sigma=torch.as_tensor
+    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, round_sigma=None
 ) -> Tensor:
     """EDM's noise levels (Karras et al. 2022, equation 5), float64 [num_steps + 1], the last 0.
 
     Args:
-        round_sigma: the network's own, for networks that know only some levels.
+        round_sigma: the network's own, for networks that know only some levels; None keeps them.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64, device="cpu")
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    return torch.cat([torch.as_tensor(round_sigma(sigmas)).double().cpu(), sigmas.new_zeros(1)])
+    rounded = sigmas if round_sigma is None else torch.as_tensor(round_sigma(sigmas), dtype=torch.float64, device="cpu")
+    return torch.cat([rounded, sigmas.new_zeros(1)])
 
 
 @torch.no_grad()
@@ -107,7 +108,8 @@ def class_labels_of(net, seeds: Sequence[int], class_index: int | None = None, d
         raise ValueError(f"class_index must be 0 to {labels - 1} for this network, got {class_index}")
     if not labels:
         return None
-    drawn = [torch.randint(labels, (), generator=torch.Generator().manual_seed(seed)).item() for seed in seeds]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    drawn = [torch.randint(labels, (), generator=generator, device="cpu").item() for generator in generators]
     classes = drawn if class_index is None else [class_index] * len(seeds)
     return torch.nn.functional.one_hot(torch.tensor(classes, device=device), labels).float()
 

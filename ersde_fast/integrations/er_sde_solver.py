@@ -117,8 +117,8 @@ class ER_SDE_Solver:
             method="taylor",
             integration_points=self.integration_points,
         )
-        times = torch.as_tensor(sigmas if times is None else times)
-        times = times.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        precision = torch.promote_types(x.dtype, torch.float32)
+        times = torch.as_tensor(plan.sigmas if times is None else times, dtype=precision, device=x.device)
         if len(times) < plan.num_steps:
             raise ValueError(f"times must hold {plan.num_steps} values, one for each evaluation, got {len(times)}")
         kind, history = PREDICTION_TYPES[self.model_prediction_type], []
