@@ -1,16 +1,21 @@
-"""Builds the extension against the torch that is installed; without torch or a compiler installs the pure-PyTorch path.
+"""Builds the extension against the torch that is installed; without a compiler installs the pure-PyTorch path.
 
-Why a part is missing is written to ersde_fast/_build_info.py, which `ersde_fast.available_backends()` reads.
-ERSDE_FAST_REQUIRE=1 turns a missing CPU kernel into an error, for continuous integration; ERSDE_FAST_SANITIZE=address,undefined
-(or thread) builds it with those sanitizers, see `make sanitize`.
+Why a part is missing, and for which torch the rest is, is written to ersde_fast/_build_info.py, which ersde_fast/extension.py reads.
+ERSDE_FAST_PURE=1 builds no extension; ERSDE_FAST_REQUIRE=1 turns a missing CPU kernel into an error, for continuous integration;
+ERSDE_FAST_SANITIZE=address,undefined (or thread) builds it with those sanitizers, see `make sanitize`.
 """
 
 import os
 import shutil
+import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
 
+PURE = os.environ.get("ERSDE_FAST_PURE") == "1"
 REQUIRE = os.environ.get("ERSDE_FAST_REQUIRE") == "1"
 SANITIZE = os.environ.get("ERSDE_FAST_SANITIZE")
 reasons = {}
@@ -52,16 +57,44 @@ def cuda_extension(torch, cpp_extension):
     )
 
 
-def extension():
-    """The extension module and its build command, or neither and a reason."""
+def import_torch():
+    """torch, which an isolated build does not see, and for which pip installs what it builds: then that of this environment."""
     try:
         import torch
+    except ImportError:
+        sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        import torch
+    return torch
+
+
+class BuildNothing(build_ext):
+    """Where no extension is wanted; where none can be, an error once something is to be built: archives and metadata can."""
+
+    def run(self):
+        if not PURE:
+            raise SetupError(reasons["cpu"])
+        write_build_info(Path(self.build_lib, "ersde_fast"))
+        if self.inplace:
+            write_build_info(Path("ersde_fast"))
+
+    def get_outputs(self):
+        return []
+
+
+def extension():
+    """The extension module and its build command."""
+    if PURE:
+        reasons["cpu"] = "ersde-fast was built with ERSDE_FAST_PURE=1: reinstall it without"
+        return Extension("ersde_fast._C", []), BuildNothing
+    try:
+        torch = import_torch()
         from torch.utils import cpp_extension
     except ImportError as error:
-        if REQUIRE:
-            raise
-        reasons["cpu"] = f"torch was not importable when ersde-fast was built ({error}): pip install --no-build-isolation ."
-        return [], {}
+        reasons["cpu"] = (
+            f"ersde-fast is built against the torch that is installed, and none can be imported here ({error}): install torch, then "
+            f"pip install --no-build-isolation . (ERSDE_FAST_PURE=1 installs it without a kernel, many times slower)"
+        )
+        return Extension("ersde_fast._C", []), BuildNothing
 
     class BuildOrSay(cpp_extension.BuildExtension):
         """Builds the extension with CUDA, else without, else not at all, and says why."""
@@ -82,7 +115,7 @@ def extension():
                         break
                     except Exception as error:
                         self.give_up(backend, f"the {backend} kernel did not compile when ersde-fast was built: {error}")
-            write_build_info(Path(self.build_lib, "ersde_fast"))
+            write_build_info(Path(self.build_lib, "ersde_fast"), torch.__version__)
 
         def give_up(self, backend, reason):
             if REQUIRE:
@@ -94,6 +127,7 @@ def extension():
             return [path for path in super().get_outputs() if Path(path).exists()]
 
         def copy_extensions_to_source(self):
+            write_build_info(Path("ersde_fast"), torch.__version__)
             if self.extensions:
                 super().copy_extensions_to_source()
 
@@ -102,17 +136,15 @@ def extension():
         "ersde_fast._C", SOURCES, depends=HEADERS, extra_compile_args=CXX_FLAGS, extra_link_args=LINK_FLAGS
     )
     build = BuildOrSay.with_options(use_ninja=shutil.which("ninja") is not None)
-    return [with_cuda or cpu_only], {"build_ext": build}
+    return with_cuda or cpu_only, build
 
 
-def write_build_info(*folders):
-    """Into the source, and into the wheel being built where there is one."""
-    text = f'"""Written by setup.py: why a backend was not built."""\n\nREASONS = {reasons!r}\n'
-    for folder in [Path(__file__).with_name("ersde_fast"), *folders]:
-        if folder.is_dir():
-            (folder / "_build_info.py").write_text(text)
+def write_build_info(folder, torch_version=None):
+    """Into the package that is built, in the source or in a wheel."""
+    if folder.is_dir():
+        said = '"""Written by setup.py: why a backend was not built, and for which torch the others were."""\n\n'
+        (folder / "_build_info.py").write_text(f"{said}REASONS = {reasons!r}\nTORCH = {torch_version!r}\n")
 
 
-ext_modules, cmdclass = extension()
-write_build_info()
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+ext_module, command = extension()
+setup(ext_modules=[ext_module], cmdclass={"build_ext": command})

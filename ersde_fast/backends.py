@@ -2,30 +2,23 @@
 
 import functools
 import os
+import shutil
+import sysconfig
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .arguments import FLOATS
+from .extension import _C, REASONS, WHY_NOT
 from .noise import seeds_of
 from .reference import draw_portable, reference, row_of
 
-try:
-    from . import _C
-except ImportError as error:
-    _C = None
-    _NO_EXTENSION = f"the extension does not import ({error}): pip install --no-build-isolation ."
-else:
-    _NO_EXTENSION = None
-try:
-    from ._build_info import REASONS
-except ImportError:
-    REASONS = {}
-
 MAX_DIMS = 12  # kMaxDims of csrc/er_sde_step.h
+KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}  # of a type of device
 
 
 def available_backends() -> dict[str, str | None]:
@@ -34,7 +27,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 def _no_cpu() -> str | None:
-    return REASONS.get("cpu", _NO_EXTENSION) if _C is None else None
+    return WHY_NOT if _C is None else None
 
 
 def _no_cuda() -> str | None:
@@ -53,9 +46,18 @@ def _no_triton() -> str | None:
         return "triton is not installed: pip install triton"
     if _interpreting():
         return None
-    if torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
+    if not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())):
+        return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernel on the CPU, for tests)"
+    if os.name == "nt":  # triton-windows brings a compiler
         return None
-    return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernel on the CPU, for tests)"
+    # Triton compiles the launchers of its kernels when they first run.
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"Triton needs a C compiler, and found no {' or '.join(compilers)}: install one, or let CC name it"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").exists():
+        return "Triton needs the headers of Python, which are not installed (python3-dev in Debian)"
+    return None
 
 
 def _interpreting() -> bool:
@@ -94,9 +96,23 @@ def pick_backend(backend: str | None, tensors: list[Tensor], torch_layout) -> st
         order = [name for name in ("cuda", "triton", "cpu", "reference") if name != "triton" or x.device.type != "cpu"]
         fits = [name for name in order if reasons[name] is None]
         backend = fits[0] if fits else "cuda" if torch_layout is not None else "reference"
+        if backend == "reference":
+            _say_once_that_there_is_no_kernel(x.device.type)
     if reasons[backend] is not None:
         raise ValueError(f'backend "{backend}" cannot run this step: {reasons[backend]}')
     return backend
+
+
+@functools.cache
+def _say_once_that_there_is_no_kernel(device_type: str) -> None:
+    """Where none of those that a device could have was built: a step that only its tensors keep from a kernel is nobody's mistake."""
+    reasons = [available_backends()[name] for name in KERNELS.get(device_type, ())]
+    if reasons and None not in reasons and os.environ.get("ERSDE_FAST_QUIET") != "1":
+        warnings.warn(
+            f"ersde-fast has no kernel for {device_type} tensors, and takes many times as long in plain PyTorch: "
+            f"{'; '.join(reasons)} (ERSDE_FAST_QUIET=1 silences this)",
+            stacklevel=4,
+        )
 
 
 def run(

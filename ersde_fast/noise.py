@@ -13,10 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-try:
-    from . import _C
-except ImportError:
-    _C = None
+from .extension import _C, WHY_NOT
 
 WORD = 0xFFFFFFFF
 MAX_POSITIONS = 2**42  # elements of a sample: 40 bits of the counter hold the group
@@ -75,7 +72,7 @@ def torch_noise(
     """
     check_torch_layout(torch_layout)
     if _C is None:
-        raise RuntimeError("torch_noise needs the extension: pip install --no-build-isolation .")
+        raise RuntimeError(f"torch_noise needs the extension: {WHY_NOT}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     if math.prod(shape) * dtype.itemsize > TORCH_PIECE:

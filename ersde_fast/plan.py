@@ -19,12 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .extension import _C
 from .noise_scaler import NoiseScaler, get_noise_scaler, nonnegative
-
-try:
-    from . import _C
-except ImportError:
-    _C = None
 
 EPS = torch.finfo(torch.float64).eps
 CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
