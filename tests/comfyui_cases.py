@@ -45,6 +45,7 @@ import nodes  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from comfy.k_diffusion import sampling  # noqa: E402
+from comfy_extras.nodes_custom_sampler import SamplerER_SDE  # noqa: E402
 
 BUILT_IN = sampling.sample_er_sde
 assert asyncio.run(nodes.load_custom_node(str(ROOT / "examples" / "comfyui_ersde_fast")))
@@ -85,14 +86,16 @@ def sample(kind, sampler, steps=20, seed=11, batch=2, model=None, **kwargs):
     """ComfyUI's KSampler (sampler a name) or SamplerCustom (a SAMPLER of a node)."""
     model = model or tiny_model(kind)
     latent = kwargs.pop("latent_image", torch.zeros(batch, 4, 8, 8))
-    noise = comfy.sample.prepare_noise(latent, seed)
+    noise = comfy.sample.prepare_noise(latent, seed, kwargs.pop("noise_inds", None))
     scheduler = "karras" if kind in ("EPS", "V_PREDICTION") else "simple"
     conds = [[[torch.zeros(1, 7, 8), {}]]] * 2
     if isinstance(sampler, str):
         return comfy.sample.sample(
             model, noise, steps, 1.0, sampler, scheduler, *conds, latent, disable_pbar=True, seed=seed, **kwargs
         )
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+    sigmas = kwargs.pop("sigmas", None)
+    if sigmas is None:
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
     return comfy.sample.sample_custom(
         model, noise, 1.0, sampler, sigmas, *conds, latent, disable_pbar=True, seed=seed, **kwargs
     )
@@ -110,15 +113,26 @@ def test_it_is_in_the_lists_and_the_built_in_is_untouched():
     assert result.isfinite().all() and torch.equal(result, sample("EPS", ours()))
 
 
+def built_in(solver_type, order, eta, s_noise=1.0):
+    """What ComfyUI's own node makes; where it is of a version that ignores eta for ER-SDE, its sampler with that strength."""
+    made = SamplerER_SDE().get_sampler(solver_type, order, eta, s_noise)
+    sampler = getattr(made, "args", made)[0]
+    if solver_type == "ER-SDE" and sampler.extra_options["noise_scaler"] is None:
+        sampler.extra_options["noise_scaler"] = lambda l: l * (torch.exp(l**0.3) + 10) ** eta
+        sampler.extra_options["s_noise"] *= eta > 0
+    return sampler
+
+
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("solver_type, eta", [("ER-SDE", 1.0), ("Reverse-time SDE", 0.7), ("ODE", 1.0)])
+@pytest.mark.parametrize(
+    "solver_type, eta",
+    [*(("ER-SDE", eta) for eta in (1.0, 0.0, 0.4, 2.5)), *(("Reverse-time SDE", eta) for eta in (1.0, 0.0, 0.7)), ("ODE", 1.0)],
+)
 def test_compatible_makes_the_built_in_images(kind, order, solver_type, eta):
     """To float32's rounding: the built-in sampler takes five weights and five sums a step in float32, 20 steps of which are 200
     roundings of 2^-24, and the model passes them on as they are."""
-    scaler = {"ER-SDE": None, "Reverse-time SDE": lambda l: l ** (eta + 1), "ODE": lambda l: l}[solver_type]
-    options = {"max_stage": order, "noise_scaler": scaler, "s_noise": 0.0 if solver_type == "ODE" else 1.0}
-    expected = sample(kind, comfy.samplers.ksampler("er_sde", options))
+    expected = sample(kind, built_in(solver_type, order, eta))
     got = sample(kind, ours(solver_type=solver_type, eta=eta, order=order, compatible=True))
     error = ((got - expected).abs().max() / expected.abs().max()).item()
     assert error < 200 * EPS, error / EPS
@@ -138,6 +152,33 @@ def test_portable_noise_does_not_depend_on_the_batch_behind_it(kind):
     two, again = sample(kind, ours(**settings)), sample(kind, ours(**settings))
     assert torch.equal(two, again) and not torch.equal(two, sample(kind, ours(**settings), seed=12))
     assert not torch.equal(two, sample(kind, ours(**{**settings, "noise": DEFAULTS["noise"]})))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "FLOW"])
+@pytest.mark.parametrize("images", [[2], [3, 1], [1, 2, 3]])
+def test_portable_noise_follows_the_image(kind, images):
+    """An image of a batch made again alone, or in another place, by the numbers that Latent From Batch keeps."""
+    sampler, latent = ours(noise="portable"), {"samples": torch.zeros(4, 4, 8, 8)}
+    whole = sample(kind, sampler, batch=4)
+    parts = [nodes.LatentFromBatch().frombatch(latent, image, 1)[0] for image in images]
+    numbers = [number for part in parts for number in part["batch_index"]]
+    got = sample(kind, sampler, batch=len(images), noise_inds=numbers)
+    torch.testing.assert_close(got, whole[images], rtol=1e-4, atol=1e-4)
+
+
+def test_sampler_by_its_options():
+    """As other nodes make it: by name, with options."""
+    by_name = comfy.samplers.ksampler("er_sde_fast", {"eta": 0.3, "compatible": True})
+    assert torch.equal(sample("EPS", by_name), sample("EPS", ours(eta=0.3, compatible=True)))
+    ode = sample("EPS", comfy.samplers.ksampler("er_sde_fast", {"eta": 0.0}))
+    assert torch.equal(ode, sample("EPS", ours(solver_type="ODE")))
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_a_flow_that_starts_an_ulp_above_1(compatible):
+    levels = [torch.tensor([start, 0.8, 0.5, 0.2, 0.0]) for start in (1.0, 1.0000001)]
+    exact, rounded = (sample("FLOW", ours(compatible=compatible), sigmas=sigmas) for sigmas in levels)
+    torch.testing.assert_close(rounded, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "FLOW"])

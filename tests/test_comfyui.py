@@ -91,3 +91,33 @@ def test_compatible_reproduces_recorded_runs(comfyui, case):
         x = (seen[i + 1] if i + 1 < len(seen) else result).double().flatten()
         expected = torch.tensor(expected, dtype=torch.float64)
         assert ((x - expected).abs() / expected.abs().clamp(min=1)).max() <= tolerance(case), f"step {i}"
+
+
+def noise_of(numbers, shape=(4, 8, 8), seed=11, dtype=torch.float32):
+    """As ComfyUI draws it: one image after another, those of the numbers kept, in the latent's dtype, and sampled in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn((1, *shape), generator=generator).to(dtype) for _ in range(max(numbers) + 1)]
+    return torch.cat([drawn[number] for number in numbers]).float()
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 5, 7), (16, 3, 4, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numbers", [[0], [0, 1, 2], [2], [3, 1], [5, 5, 0], [255]])
+def test_an_image_is_known_by_its_initial_noise(comfyui, shape, dtype, numbers):
+    assert comfyui.image_numbers(noise_of(numbers, shape, dtype=dtype), 11, len(numbers)) == numbers
+
+
+def test_an_image_is_known_by_its_place_where_the_noise_is_of_another_kind(comfyui):
+    together = torch.randn(3, 4, 5, 7, generator=torch.Generator().manual_seed(11))  # as ComfyUI draws a whole batch
+    others = [None, torch.zeros(3, 4, 8, 8), noise_of([2, 1, 0], seed=12), noise_of([2, 1, 256]), noise_of([7]), together]
+    assert [comfyui.image_numbers(noise, 11, 3) for noise in others] == [[0, 1, 2]] * 6
+
+
+@pytest.mark.parametrize(
+    "extra_args, source", [({}, {}), (None, {}), ({"seed": 5}, {"noise_sampler": lambda sigma, sigma_next: torch.zeros(1, 4)})]
+)
+def test_portable_noise_without_a_seed_of_its_own_is_refused(comfyui, extra_args, source):
+    schedule = types.SimpleNamespace(get_model_object=lambda name: object())
+    model = types.SimpleNamespace(inner_model=types.SimpleNamespace(model_patcher=schedule))
+    with pytest.raises(ValueError, match="portable noise needs the run's seed and no noise_sampler"):
+        comfyui.sample_er_sde_fast(model, torch.zeros(1, 4), torch.tensor([2.0, 1.0]), extra_args, portable=True, **source)

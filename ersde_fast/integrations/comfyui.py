@@ -16,7 +16,6 @@ try:
 except ImportError as error:
     raise ImportError("ersde_fast.integrations.comfyui is a custom node package: it is imported by ComfyUI alone") from error
 
-from ersde_fast.noise_scaler import reverse_time_sde
 from ersde_fast.plan import NODE_SCALE
 from ersde_fast.sample import sample_er_sde
 
@@ -24,8 +23,9 @@ __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
 NAME = "er_sde_fast"
 OFFSET = 1e-4  # how far the built-in sampler moves the start of a flow off sigma 1, as a share of the run
-SOLVERS = {"ER-SDE": lambda eta: None, "Reverse-time SDE": reverse_time_sde, "ODE": lambda eta: "ode"}
+SOLVERS = {"ER-SDE": "sde_5", "Reverse-time SDE": "sde", "ODE": "ode"}
 TORCH, PORTABLE = "ComfyUI's (torch)", "portable"
+SEARCHED = 256  # images of a batch whose numbers are found
 
 
 @torch.no_grad()
@@ -42,6 +42,7 @@ def sample_er_sde_fast(
     max_stage: int = 3,
     method: str | None = None,
     node_scale: float | None = None,
+    eta: float = 1.0,
     portable: bool = False,
     compatible: bool = False,
 ) -> Tensor:
@@ -49,9 +50,9 @@ def sample_er_sde_fast(
 
     Args:
         model, x, sigmas, extra_args, callback, disable, s_noise, noise_sampler: ComfyUI's.
-        noise_scaler, max_stage, method, node_scale: see `ersde_fast.er_sde_plan`.
-        portable: draws the portable stream at the run's seed, the same bits on every machine; else the noise is what torch
-            draws at the seed at which ComfyUI's own samplers draw theirs.
+        noise_scaler, max_stage, method, node_scale, eta: see `ersde_fast.er_sde_plan`.
+        portable: draws the portable stream at the run's seed and the image's number in its batch, the same bits on every machine;
+            else the noise is what torch draws at the seed at which ComfyUI's own samplers draw theirs.
         compatible: the built-in er_sde again, to float32 rounding: its sums of 200 points and its start of flows off sigma 1.
     """
     if len(sigmas) < 2:
@@ -61,18 +62,50 @@ def sample_er_sde_fast(
     if flow and compatible and sigmas[0] >= 1:
         sigmas = torch.cat([sigmas.new_tensor([model_sampling.percent_to_sigma(OFFSET)]), sigmas[1:]])
     source, seed = {}, (extra_args or {}).get("seed")
-    if noise_sampler is not None:
+    if portable:
+        if seed is None or noise_sampler is not None:
+            raise ValueError(f"portable noise needs the run's seed and no noise_sampler, got seed {seed} and {noise_sampler}")
+        source = {"seed": [(seed, number) for number in image_numbers(getattr(model, "noise", None), seed, len(x))]}
+    elif noise_sampler is not None:
         source = {"noise_sampler": noise_sampler}
-    elif seed is not None and portable:
-        source = {"seed": seed}
     elif seed is not None:
         seed += x.device.type == "cpu"  # ComfyUI's latents come from the CPU's generator at the seed itself
         source = {"generator": torch.Generator(x.device).manual_seed(seed % 2**64)}
     return sample_er_sde(
         model, x, sigmas, extra_args, callback, disable, s_noise * getattr(model_sampling, "noise_scale", 1.0),
         noise_scaler=noise_scaler, max_stage=max_stage, process="flow" if flow else "ve", method=method, node_scale=node_scale,
-        integration_points=200 if compatible else None, **source,
+        integration_points=200 if compatible else None, eta=eta, **source,
     )  # fmt: skip
+
+
+def image_numbers(noise: Tensor | None, seed: int, batch: int) -> list[int]:
+    """Each image's number in the batch that it was first part of, which "Latent From Batch" and its kin keep (`batch_index`).
+
+    Samplers are not told it. But ComfyUI draws an image's initial noise by it, one image after another, so the noise tells. Where the
+    noise is other than that, of nodes that make their own, or of stages that add none, an image has the number of its place.
+
+    Args:
+        noise: [batch, ...] the initial noise, before it is scaled.
+    """
+    if noise is None or len(noise) != batch:
+        return list(range(batch))
+    starts = noise.flatten(1)[:, :64].float().cpu()
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def where_drawn(images: int) -> Tensor:
+        """Which of the images the generator draws next: half-precision latents round their noise."""
+        drawn = torch.randn((images, *noise.shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
+        return ((starts - drawn.flatten(1)[:, :64]).abs() < 0.05).all(1)
+
+    if where_drawn(batch).all():
+        return list(range(batch))
+    generator.manual_seed(seed)
+    numbers = torch.full((batch,), -1, device="cpu")
+    for number in range(SEARCHED):
+        numbers[where_drawn(1)] = number
+        if (numbers >= 0).all():
+            return numbers.tolist()
+    return list(range(batch))
 
 
 class SamplerERSDEFast:
@@ -91,15 +124,35 @@ class SamplerERSDEFast:
                 "order": ("INT", {"default": 3, "min": 1, "max": 5, "tooltip": "newton goes to 5, taylor to 3"}),
                 "eta": (
                     "FLOAT",
-                    {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01, "tooltip": "of Reverse-time SDE alone"},
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 100.0,
+                        "step": 0.01,
+                        "round": False,
+                        "tooltip": "how much noise ER-SDE and Reverse-time SDE add and take away: 0 makes either the ODE, 1 is its own",
+                    },
                 ),
-                "s_noise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01}),
+                "s_noise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01, "round": False}),
                 "method": (["newton", "taylor"], {"tooltip": "the order's full accuracy, or the paper's rule"}),
                 "node_scale": (
                     "FLOAT",
-                    {"default": NODE_SCALE, "min": 0.0, "max": 1e6, "step": 0.1, "tooltip": "newton alone; 0 is infinity"},
+                    {
+                        "default": NODE_SCALE,
+                        "min": 0.0,
+                        "max": 1e6,
+                        "step": 0.1,
+                        "round": False,
+                        "tooltip": "newton alone; 0 is infinity",
+                    },
                 ),
-                "noise": ([TORCH, PORTABLE], {"tooltip": "portable is the same on every machine, for every batch"}),
+                "noise": (
+                    [TORCH, PORTABLE],
+                    {
+                        "tooltip": "portable is the same on every machine and follows the image: one of a batch, made again alone "
+                        "behind Latent From Batch, has its noise (up to image 256; with noise of other nodes, or none, by its place)"
+                    },
+                ),
                 "compatible": (
                     "BOOLEAN",
                     {
@@ -113,7 +166,7 @@ class SamplerERSDEFast:
     def get_sampler(self, solver_type, order, eta, s_noise, method, node_scale, noise, compatible):
         if compatible and noise != TORCH:
             raise ValueError(f"compatible needs {TORCH} noise, got {noise}")
-        options = {"s_noise": s_noise, "noise_scaler": SOLVERS[solver_type](eta), "max_stage": order}
+        options = {"s_noise": s_noise, "noise_scaler": SOLVERS[solver_type], "max_stage": order, "eta": eta}
         options |= {"portable": noise == PORTABLE, "compatible": compatible}
         if not compatible:
             options |= {"method": method, "node_scale": (node_scale or math.inf) if method == "newton" else None}
