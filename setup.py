@@ -1,8 +1,8 @@
 """Builds the extension against the torch that is installed; without a compiler installs the pure-PyTorch path.
 
-Why a part is missing, and for which torch the rest is, is written to ersde_fast/_build_info.py, which ersde_fast/extension.py reads.
-ERSDE_FAST_PURE=1 builds no extension; ERSDE_FAST_REQUIRE=1 turns a missing CPU kernel into an error, for continuous integration;
-ERSDE_FAST_SANITIZE=address,undefined (or thread) builds it with those sanitizers, see `make sanitize`.
+Why a part is missing, and for which torch the rest is, is written to ersde_fast/_build_info.py, which extension.py there reads.
+ERSDE_FAST_PURE=1 builds no extension; ERSDE_FAST_REQUIRE=1 turns a missing CPU kernel into an error, for continuous
+integration; ERSDE_FAST_SANITIZE=address,undefined (or thread) builds it with those sanitizers, see `make sanitize`.
 """
 
 import os
@@ -91,8 +91,8 @@ def extension():
         from torch.utils import cpp_extension
     except ImportError as error:
         reasons["cpu"] = (
-            f"ersde-fast is built against the torch that is installed, and none can be imported here ({error}): install torch, then "
-            f"pip install --no-build-isolation . (ERSDE_FAST_PURE=1 installs it without a kernel, many times slower)"
+            f"ersde-fast is built against the torch that is installed, and none can be imported here ({error}): install torch, "
+            f"then pip install --no-build-isolation . (ERSDE_FAST_PURE=1 installs it without a kernel, many times slower)"
         )
         return Extension("ersde_fast._C", []), BuildNothing
 

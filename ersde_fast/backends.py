@@ -105,7 +105,7 @@ def pick_backend(backend: str | None, tensors: list[Tensor], torch_layout) -> st
 
 @functools.cache
 def _say_once_that_there_is_no_kernel(device_type: str) -> None:
-    """Where none of those that a device could have was built: a step that only its tensors keep from a kernel is nobody's mistake."""
+    """Where none that the device could have was built; a step that its tensors alone keep from a kernel is nobody's mistake."""
     reasons = [available_backends()[name] for name in KERNELS.get(device_type, ())]
     if reasons and None not in reasons and os.environ.get("ERSDE_FAST_QUIET") != "1":
         warnings.warn(

@@ -217,10 +217,10 @@ def er_sde_plan(
 
     Args:
         sigmas: [num_steps + 1] noise levels, non-increasing, the last may be 0. Any device and float dtype; computed in
-            float64. A level that is repeated, to four ulps of its own precision, is an identity step; one that rounding put below
-            0, or above 1 where the process ends there, is 0 or 1. The plan of a CUDA tensor is built there by one kernel, without waiting
-            for the device; what is wrong with it is then NaN in the rows concerned, and `plan.check()` says what. (With a
-            function as noise_scaler, and without the CUDA extension, it is built on the host.)
+            float64. A level that is repeated, to four ulps of its own precision, is an identity step; one that rounding put
+            below 0, or above 1 where the process ends there, is 0 or 1. The plan of a CUDA tensor is built there by one kernel,
+            without waiting for the device; what is wrong with it is then NaN in the rows concerned, and `plan.check()` says
+            what. (With a function as noise_scaler, and without the CUDA extension, it is built on the host.)
         alphas: [num_steps + 1] signal levels; None takes them from `process`.
         process: "ve": alpha = 1. "vp": alpha = sqrt(1 - sigma^2). "flow": alpha = 1 - sigma.
         order: 1 to 5 ("newton") or 1 to 3 ("taylor"), or one such number for each step. A step uses as many predictions
@@ -238,8 +238,8 @@ def er_sde_plan(
         integration_points: taylor only; None integrates exactly, a number takes the left Riemann sum of that many points
             (100: the authors' code, 200: ComfyUI).
         s_noise: multiplies the noise.
-        eta: the strength of the noise scaler, at least 0: log(phi(l) / l) grows by eta times as much. 0 is the ODE, whatever the
-            scaler; "sde" at eta is "reverse_time_sde(eta)". The marginals stay those of the process, unlike with s_noise.
+        eta: the strength of the noise scaler, at least 0: log(phi(l) / l) grows by eta times as much. 0 is the ODE, whatever
+            the scaler; "sde" at eta is "reverse_time_sde(eta)". The marginals stay those of the process, unlike with s_noise.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.
@@ -295,8 +295,8 @@ def _is_int(value) -> bool:
 
 
 def _schedule(name: str, values, device: torch.device, largest: float) -> Tensor:
-    """A schedule argument as a tensor of its own on the device, float64 (there also float32); of half precision already bounded,
-    since its rounding shows no more afterwards."""
+    """A schedule argument as a tensor of its own on the device, float64 (there also float32). Half precision is bounded here:
+    its rounding does not show afterwards."""
     try:
         if isinstance(values, np.ndarray):
             if np.iscomplexobj(values):

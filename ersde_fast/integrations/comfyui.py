@@ -51,8 +51,8 @@ def sample_er_sde_fast(
     Args:
         model, x, sigmas, extra_args, callback, disable, s_noise, noise_sampler: ComfyUI's.
         noise_scaler, max_stage, method, node_scale, eta: see `ersde_fast.er_sde_plan`.
-        portable: draws the portable stream at the run's seed and the image's number in its batch, the same bits on every machine;
-            else the noise is what torch draws at the seed at which ComfyUI's own samplers draw theirs.
+        portable: draws the portable stream at the run's seed and the image's number in its batch, the same bits on every
+            machine; else the noise is what torch draws at the seed at which ComfyUI's own samplers draw theirs.
         compatible: the built-in er_sde again, to float32 rounding: its sums of 200 points and its start of flows off sigma 1.
     """
     if len(sigmas) < 2:
@@ -81,8 +81,8 @@ def sample_er_sde_fast(
 def image_numbers(noise: Tensor | None, seed: int, batch: int) -> list[int]:
     """Each image's number in the batch that it was first part of, which "Latent From Batch" and its kin keep (`batch_index`).
 
-    Samplers are not told it. But ComfyUI draws an image's initial noise by it, one image after another, so the noise tells. Where the
-    noise is other than that, of nodes that make their own, or of stages that add none, an image has the number of its place.
+    Samplers are not told it. But ComfyUI draws an image's initial noise by it, one image after another, so the noise tells. Where
+    the noise is other than that, of nodes that make their own, or of stages that add none, an image has the number of its place.
 
     Args:
         noise: [batch, ...] the initial noise, before it is scaled.
@@ -130,7 +130,7 @@ class SamplerERSDEFast:
                         "max": 100.0,
                         "step": 0.01,
                         "round": False,
-                        "tooltip": "how much noise ER-SDE and Reverse-time SDE add and take away: 0 makes either the ODE, 1 is its own",
+                        "tooltip": "strength of the noise of ER-SDE and Reverse-time SDE: 0 makes either the ODE",
                     },
                 ),
                 "s_noise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01, "round": False}),
