@@ -1,0 +1,177 @@
+"""What ERSDEScheduler makes of the config of another scheduler of diffusers: its levels and its treatment of outputs, or an error."""
+
+import inspect
+
+import diffusers
+from diffusers.configuration_utils import FrozenDict
+
+from .diffusers_levels import BetaLevels, CosineLevels, DPMFlowLevels, EDMLevels, FlowLevels, LTXLevels, UniPCFlowLevels
+
+# Each class whose levels are known, to what makes them: without and with use_flow_sigmas. Where a config does not name its class,
+# the first whose keys it holds is taken.
+LEVELS_OF = {
+    "DPMSolverMultistepScheduler": (BetaLevels, DPMFlowLevels),
+    "FlowMatchEulerDiscreteScheduler": (FlowLevels, FlowLevels),
+    "UniPCMultistepScheduler": (BetaLevels, UniPCFlowLevels),
+    "EulerDiscreteScheduler": (BetaLevels, BetaLevels),
+    "EulerAncestralDiscreteScheduler": (BetaLevels, BetaLevels),
+    "DDIMScheduler": (BetaLevels, BetaLevels),
+    "DDIMParallelScheduler": (BetaLevels, BetaLevels),
+    "DDPMScheduler": (BetaLevels, BetaLevels),
+    "DDPMParallelScheduler": (BetaLevels, BetaLevels),
+    "PNDMScheduler": (BetaLevels, BetaLevels),
+    "LMSDiscreteScheduler": (BetaLevels, BetaLevels),
+    "HeunDiscreteScheduler": (BetaLevels, BetaLevels),
+    "KDPM2DiscreteScheduler": (BetaLevels, BetaLevels),
+    "KDPM2AncestralDiscreteScheduler": (BetaLevels, BetaLevels),
+    "DPMSolverSDEScheduler": (BetaLevels, BetaLevels),
+    "DPMSolverSinglestepScheduler": (BetaLevels, DPMFlowLevels),
+    "DEISMultistepScheduler": (BetaLevels, DPMFlowLevels),
+    "SASolverScheduler": (BetaLevels, DPMFlowLevels),
+    "CogVideoXDDIMScheduler": (BetaLevels, BetaLevels),
+    "CogVideoXDPMScheduler": (BetaLevels, BetaLevels),
+    "FlowMatchHeunDiscreteScheduler": (FlowLevels, FlowLevels),
+    "LTXEulerAncestralRFScheduler": (LTXLevels, LTXLevels),
+    "EDMDPMSolverMultistepScheduler": (EDMLevels, EDMLevels),
+    "EDMEulerScheduler": (EDMLevels, EDMLevels),
+    "CosineDPMSolverMultistepScheduler": (CosineLevels, CosineLevels),
+}
+
+DISTILLED = "samples a distilled model, whose few steps are its own"
+TOKENS = "samples discrete tokens"
+INVERSE = "runs from data to noise"
+REFUSED = {
+    "LCMScheduler": DISTILLED,
+    "TCDScheduler": DISTILLED,
+    "SCMScheduler": DISTILLED,
+    "CMStochasticIterativeScheduler": DISTILLED,
+    "ConsistencyDecoderScheduler": DISTILLED,
+    "FlowMatchLCMScheduler": DISTILLED,
+    "FlowMapEulerDiscreteScheduler": DISTILLED,
+    "HeliosScheduler": "samples a pyramid of sizes, in stages of its own",
+    "HeliosDMDScheduler": DISTILLED,
+    "PiflowScheduler": DISTILLED,
+    "AmusedScheduler": TOKENS,
+    "VQDiffusionScheduler": TOKENS,
+    "DiscreteDDIMScheduler": TOKENS,
+    "EntropyBoundScheduler": TOKENS,
+    "BlockRefinementScheduler": TOKENS,
+    "DDIMInverseScheduler": INVERSE,
+    "DPMSolverMultistepInverseScheduler": INVERSE,
+    "RePaintScheduler": "repeats steps around a mask, which its pipeline relies on",
+    "UnCLIPScheduler": "learns the variance of each step, which its pipeline relies on",
+    "DDPMWuerstchenScheduler": "counts continuous times from 1 to 0, the last of which its pipeline leaves out",
+    "IPNDMScheduler": "has the levels of Dance Diffusion, which no other scheduler of diffusers has",
+    "KarrasVeScheduler": "adds noise before the model is called, which its pipeline relies on",
+    "ScoreSdeVeScheduler": "corrects between steps, which its pipeline relies on",
+    "ScoreSdeVpScheduler": "returns two samples a step, which its pipeline relies on",
+    "MiniMaxH3Scheduler": "counts its last level as a step, and its times from 0 to 1",
+    "RFD4ProteinaScheduler": "rescales the score as it samples",
+}
+
+OWN = (
+    "noise_scaler",
+    "method",
+    "node_scale",
+    "integration_points",
+    "s_noise",
+    "eta",
+    "seed",
+)  # keys that the others do not have
+OF_SOLVERS = ("solver_order", "lower_order_final", "s_noise", "eta")  # read where they are written, without a class's default
+WRITTEN_LATER = ("sigma_min", "sigma_max", "sigma_data", "final_sigmas_type")  # by Cosmos Predict2's pipeline, into any config
+ANOTHER_NAME = {"noise_sampler_seed": "seed"}
+
+
+def levels_class(config) -> type:
+    """What makes the levels of a config of ERSDEScheduler."""
+    name = config.levels_of
+    if name is None:
+        name = "DPMSolverMultistepScheduler"
+        if config.prediction_type == "flow_prediction" and not config.use_flow_sigmas:
+            name = "FlowMatchEulerDiscreteScheduler"
+    _check_class(name)
+    return LEVELS_OF[name][bool(config.use_flow_sigmas)]
+
+
+def translated(config: dict, own_keys: set[str], levels_of: str | None = None) -> dict:
+    """A config in the keys of ERSDEScheduler. What it leaves out is what its own class takes for it, and what its class does not
+    read is not read; the rest of it is kept, so that it can be turned back.
+
+    Args:
+        config: of any scheduler of diffusers, or of ERSDEScheduler, which is returned as it is.
+        own_keys: the keys of ERSDEScheduler.
+        levels_of: the class to take it for; None goes by the config.
+
+    Raises:
+        ValueError: naming the class or the key that cannot be followed.
+    """
+    name = levels_of or _class_of(config)
+    if name is None:
+        return config
+    _check_class(name)
+    written = {k: v for k, v in config.items() if k not in config.get("_use_default_values", ()) and not k.startswith("_")}
+    read = _defaults(name)
+    if name == "LTXEulerAncestralRFScheduler":  # which asks the scheduler that the pipeline had before
+        read = _defaults("FlowMatchEulerDiscreteScheduler") | read
+    taken = {k: v for k, v in read.items() if k in own_keys and k not in OF_SOLVERS}
+    taken |= {k: v for k, v in written.items() if k in read or k in OWN or k in WRITTEN_LATER}
+    taken |= {new: written[old] for old, new in ANOTHER_NAME.items() if written.get(old) is not None}
+    if taken.get("interpolation_type", "linear") != "linear":
+        raise ValueError(
+            f'interpolation_type must be "linear", got {taken["interpolation_type"]!r}: its levels are one too many'
+        )
+    if name.startswith("CogVideoX"):
+        taken["clip_sample"] = False  # has the key, and does not read it
+    if issubclass(LEVELS_OF[name][0], FlowLevels):
+        taken["prediction_type"] = "flow_prediction"
+    unread = {k: v for k, v in config.items() if k not in own_keys and k != "_use_default_values"}
+    return unread | {k: v for k, v in taken.items() if k in own_keys} | {"_class_name": name, "levels_of": name}
+
+
+def _check_class(name: str) -> None:
+    if name in REFUSED:
+        raise ValueError(f"{name} cannot be replaced by ERSDEScheduler: it {REFUSED[name]}")
+    if name not in LEVELS_OF:
+        raise ValueError(
+            f"{name} is no scheduler whose levels ERSDEScheduler knows: name one that has the same, "
+            f'from_config(config, levels_of="DPMSolverMultistepScheduler"), or another of {", ".join(LEVELS_OF)}'
+        )
+
+
+def _class_of(config: dict) -> str | None:
+    """The class that a config is of; None is ERSDEScheduler itself."""
+    name = config.get("_class_name")
+    if isinstance(name, (list, tuple)):
+        name = name[-1]
+    if name == "ERSDEScheduler" or (name is None and "levels_of" in config):
+        return None
+    if name is not None:
+        return name
+    keys = {k for k in config if not k.startswith("_")}
+    known = {name: set(_parameters(name)) for name in (*LEVELS_OF, *REFUSED) if hasattr(diffusers, name)}
+    if isinstance(config, FrozenDict):  # of a scheduler, whose config holds every key of its class
+        most = max((len(read) for read in known.values() if read <= keys), default=0)
+        same = [name for name, read in known.items() if read and read <= keys and len(read) == most]
+        if any(name in REFUSED for name in same):
+            raise ValueError(
+                f"the config has the keys of {' and of '.join(same)}, and ERSDEScheduler cannot replace all of these: name its class, "
+                f'from_config(config, levels_of="FlowMatchHeunDiscreteScheduler")'
+            )
+        return same[0] if same else None
+    if config.get("prediction_type") == "flow_prediction" and not config.get("use_flow_sigmas"):
+        return None
+    return next((name for name in known if keys - set(OWN) <= known[name]), None)
+
+
+def _parameters(name: str):
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    return {k: p for k, p in parameters.items() if k != "self" and p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def _defaults(name: str) -> dict:
+    """What a class of diffusers takes for each key that a config leaves out."""
+    parameters = _parameters(name)
+    if not parameters:
+        raise ValueError(f"{name} does not import here, so what its config leaves out is not known: install what it needs")
+    return {k: p.default for k, p in parameters.items()}
