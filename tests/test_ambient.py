@@ -187,6 +187,8 @@ CASES = {
     "DTensor": split_latents,
     "ERSDEScheduler": lambda: scheduler(beta_schedule="scaled_linear"),
     "ERSDEScheduler, flow": lambda: scheduler(prediction_type="flow_prediction", shift=3.0),
+    "ERSDEScheduler, EDM": lambda: scheduler(levels_of="EDMEulerScheduler", sigma_min=0.002, sigma_max=80.0, sigma_data=0.5),
+    "ERSDEScheduler, CogVideoX": lambda: scheduler(levels_of="CogVideoXDDIMScheduler", snr_shift_scale=3.0, clip_sample=True),
 }
 
 
@@ -200,16 +202,11 @@ def numbers(result):
     return [numbers(value) for value in result] if isinstance(result, (list, tuple)) else result
 
 
-TO_MEND = {("ERSDEScheduler", state) for state in ("bfloat16", "float16", "float64", "meta", "cuda")}
-TO_MEND |= {("ERSDEScheduler, flow", "meta"), ("ERSDEScheduler, flow", "cuda")}
+def marks(state):
+    return [pytest.mark.gpu] if "cuda" in state else []
 
 
-def marks(case, state):
-    known = pytest.mark.xfail(reason="the scheduler makes tensors of the default dtype and device", strict=state != "cuda")
-    return [known] * ((case, state) in TO_MEND) + [pytest.mark.gpu] * ("cuda" in state)
-
-
-@pytest.mark.parametrize("state, case", [pytest.param(s, c, marks=marks(c, s)) for c in CASES for s in STATES])
+@pytest.mark.parametrize("state, case", [pytest.param(s, c, marks=marks(s)) for c in CASES for s in STATES])
 def test_the_numbers_are_the_same(state, case):
     expected = numbers(CASES[case]())
     with STATES[state]():

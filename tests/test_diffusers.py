@@ -118,7 +118,14 @@ TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_pr
 @pytest.mark.parametrize("order, method, node_scale", [(1, "taylor", None), (3, "taylor", None), (4, "newton", 5.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_it_is_the_loop_of_steps(prediction_type, order, method, node_scale, dtype):
-    keys = {"solver_order": order, "method": method, "node_scale": node_scale, "s_noise": 0.9, "noise_scaler": "sde_2"}
+    keys = {
+        "solver_order": order,
+        "method": method,
+        "node_scale": node_scale,
+        "s_noise": 0.9,
+        "noise_scaler": "sde_2",
+        "eta": 0.5,
+    }
     scheduler = ERSDEScheduler(prediction_type=prediction_type, seed=[3, 4], **keys)
     scheduler.set_timesteps(6)
     levels = scheduler._levels
@@ -126,7 +133,7 @@ def test_it_is_the_loop_of_steps(prediction_type, order, method, node_scale, dty
     alphas = 1 - levels if flow else torch.rsqrt(1 + levels**2)
     plan = er_sde_plan(
         levels if flow else levels * alphas, alphas, order=order, method=method, node_scale=node_scale or math.inf, s_noise=0.9,
-        noise_scaler="sde_2",
+        noise_scaler="sde_2", eta=0.5,
     )  # fmt: skip
     x = y = noise().to(dtype)
     history = []
@@ -529,6 +536,11 @@ def test_bad_schedules(config, arguments, message):
         ({"timestep_spacing": "even"}, "timestep_spacing must be"),
         ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of"),
         ({"noise_scaler": "sde_9"}, "noise_scaler must be one of"),
+        ({"eta": -1.0}, "eta must be a finite number of at least 0"),
+        ({"levels_of": "EDMEulerScheduler", "sigma_min": 0.01, "sigma_max": 80.0}, "sigma_data must be a positive number"),
+        ({"use_flow_sigmas": False, "levels_of": "UniPCMultistepScheduler", **FLOW}, "needs the levels of a flow"),
+        ({"sigma_schedule": "even"}, "sigma_schedule must be"),
+        ({"timestep_type": "real"}, "timestep_type must be"),
         ({"solver_order": 6}, "order must be 1 to 5"),
         ({"method": "taylor", "node_scale": 5.0}, 'node_scale needs method="newton"'),
     ],

@@ -284,7 +284,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         alphas, sigmas = self._alphas_sigmas(levels)
         return er_sde_plan(
             sigmas, alphas, order=order, noise_scaler=config.noise_scaler, method=config.method,
-            node_scale=config.node_scale, integration_points=config.integration_points, s_noise=config.s_noise,
+            node_scale=config.node_scale, integration_points=config.integration_points, s_noise=config.s_noise, eta=config.eta,
         )  # fmt: skip
 
     def _alphas_sigmas(self, levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -215,9 +215,14 @@ class EDMLevels:
     """Variance exploding, for networks inside EDM's preconditioning (Karras et al. 2022, table 1); the time is log(sigma) / 4."""
 
     def __init__(self, config):
+        for key in ("sigma_min", "sigma_max", "sigma_data"):
+            if not (config[key] and config[key] > 0):
+                raise ValueError(
+                    f"{key} must be a positive number for a network inside EDM's preconditioning, got {config[key]!r}"
+                )
         if config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f'prediction_type must be "epsilon" or "v_prediction" with sigma_data, got {config.prediction_type!r}'
+                f'prediction_type must be "epsilon" or "v_prediction" inside EDM\'s preconditioning, got {config.prediction_type!r}'
             )
         self.config = config
 
