@@ -330,9 +330,19 @@ def test_a_step_that_the_caller_sets_back_is_made_again():
         ours._step_index -= 1
         prediction = both[:2] + 2.0 * (both[:2] - both[2:])
         x = ours.step(prediction, t, x, pred_original_sample=prediction).prev_sample
-        first = expected.step(0.1 * y - 0.4 * y, t, y)  # guidance is linear in the output
-        y = first.prev_sample
+        y = expected.step(0.1 * y - 0.4 * y, t, y).prev_sample  # guidance is linear in the output
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_that_the_caller_sets_forward_begins_anew():
+    ours, fresh, x = ERSDEScheduler(seed=1), ERSDEScheduler(seed=1), noise()
+    for scheduler in (ours, fresh):
+        scheduler.set_timesteps(8)
+    for t in ours.timesteps[:3]:
+        ours.step(0.1 * x, t, x)
+    ours._step_index = 5
+    fresh.set_begin_index(5)
+    assert torch.equal(ours.step(0.1 * x, ours.timesteps[5], x)[0], fresh.step(0.1 * x, fresh.timesteps[5], x)[0])
 
 
 def test_levels_that_a_pipeline_writes_are_the_runs():
@@ -524,8 +534,11 @@ def test_custom_levels():
 )
 def test_bad_schedules(config, arguments, message):
     scheduler = ERSDEScheduler(**config)
+    scheduler.set_timesteps(4, mu=0.5) if config.get("noise_scaler") != "sde_4" else None
+    before = dict(vars(scheduler))
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(**arguments)
+    assert all(value is before[key] for key, value in vars(scheduler).items())  # the run that was planned stays
 
 
 @pytest.mark.parametrize(

@@ -257,16 +257,16 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             if sigmas is not None and len(sigmas) != len(timesteps):
                 raise ValueError(f"sigmas and timesteps must have one length, got {len(sigmas)} and {len(timesteps)}")
         levels, given = self._levels_of.place(num_inference_steps, sigmas, timesteps, mu)
+        plan = self._plan_of(torch.from_numpy(levels))
         self._set_schedule(levels, given, device)
-        self._plan = self._plan_of(self._levels)
-        self.num_inference_steps = len(given)
+        self._plan, self.num_inference_steps = plan, len(given)
 
     def _set_schedule(self, levels: np.ndarray, timesteps: np.ndarray, device) -> None:
         """Takes levels [num_steps + 1] and timesteps [num_steps], and forgets the run before."""
         whole = np.issubdtype(timesteps.dtype, np.integer)
         self._times = torch.from_numpy(np.ascontiguousarray(timesteps)).to(torch.int64 if whole else torch.float32)
         self._placed_timesteps = self.timesteps = self._times.to(device)
-        self._levels, self._numbers = torch.from_numpy(np.ascontiguousarray(levels)), levels.tolist()  # float64
+        self._levels, self._numbers = torch.from_numpy(levels), levels.tolist()  # float64
         self.sigmas = self._shown(self._levels)
         self._step_index = self._begin_index = None
         self._history: list[Tensor] = []
@@ -423,7 +423,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             ValueError: for a timestep that is not the next of the run, where the host can tell, and what `fast_step` refuses.
         """
         index = self._index(timestep)
-        if self._step_index is None or index < self._run.first_step:
+        if self._step_index is None or not self._run.first_step <= index <= self._newest + 1:
             if not torch.compiler.is_compiling():
                 self._take_written_levels()
             self._run = self._plan.starting_at(index) if index else self._plan
