@@ -121,3 +121,14 @@ def test_portable_noise_without_a_seed_of_its_own_is_refused(comfyui, extra_args
     model = types.SimpleNamespace(inner_model=types.SimpleNamespace(model_patcher=schedule))
     with pytest.raises(ValueError, match="portable noise needs the run's seed and no noise_sampler"):
         comfyui.sample_er_sde_fast(model, torch.zeros(1, 4), torch.tensor([2.0, 1.0]), extra_args, portable=True, **source)
+
+
+def test_settings_that_exclude_each_other(comfyui):
+    node, fixed = (
+        comfyui.SamplerERSDEFast(),
+        {"eta": 1.0, "s_noise": 1.0, "method": "newton", "node_scale": 10.0, "solver_type": "ER-SDE"},
+    )
+    with pytest.raises(ValueError, match="compatible needs order 1 to 3"):
+        node.get_sampler(order=4, noise=comfyui.TORCH, compatible=True, **fixed)
+    with pytest.raises(ValueError, match="compatible needs ComfyUI's"):
+        node.get_sampler(order=3, noise=comfyui.PORTABLE, compatible=True, **fixed)

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
@@ -402,13 +403,21 @@ def test_copies_for_each_frame():
             if 0 <= at - f < 6:
                 x[:, :, f] = frame.step(0.1 * x[:, :, f], steps[at - f], x[:, :, f], return_dict=False)[0]
     assert [frame.step_index for frame in frames] == [6, 6, 6] and x.isfinite().all()
-    same = ERSDEScheduler(seed=1, **FLOW)
-    same.set_timesteps(6)
-    copied = copy.deepcopy(same)
-    with pytest.raises(ValueError, match="seed must be None for copies"):
-        copied.step(x[:, :, 0], copied.timesteps[0], x[:, :, 0])
-    y = x[:, :, 0].clone()
-    assert torch.equal(copied.step(y, copied.timesteps[0], y)[0], same.step(y, same.timesteps[0], y)[0])
+
+
+def test_copies_that_draw_the_same_noise_say_so():
+    """In one run of several copies; not in runs one after the other, nor across processes."""
+    ours, x = ERSDEScheduler(seed=1, **FLOW), noise()
+    expected = run(ours)
+    copied, loaded = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(run(copied), expected) and torch.equal(run(loaded), expected) and torch.equal(run(ours), expected)
+        for scheduler in (ours, copied):
+            scheduler.set_timesteps(6)
+        copied.step(x, copied.timesteps[0], x)
+    with pytest.warns(UserWarning, match="copies of an ERSDEScheduler draw the same noise"):
+        ours.step(x, ours.timesteps[0], x)
 
 
 def test_schedulers_in_threads():
@@ -449,6 +458,109 @@ def test_sigmas_and_timesteps_in_bfloat16():
     assert ours.timesteps.tolist() == [1000, 752, 500, 250]
     with pytest.raises(TypeError, match="sigmas must be numbers"):
         ours.set_timesteps(sigmas=[["1.0"]])
+
+
+def test_a_run_that_is_over_is_no_run():
+    """Training after a validation run: each timestep has its own level again."""
+    ours = ERSDEScheduler(noise_scaler="ode")
+    ours.set_timesteps(4)
+    ours.set_begin_index(0)
+    x, t = noise(), torch.tensor([500, 10])
+    for step in ours.timesteps:
+        ours.step(x, step, x)
+    expected = ERSDEScheduler().add_noise(x, noise(seed=1), t)
+    assert torch.equal(ours.add_noise(x, noise(seed=1), t), expected)
+
+
+def test_nothing_is_drawn_before_an_error():
+    ours, x = ERSDEScheduler(), noise()
+    ours.set_timesteps(5)
+    generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
+    states = [g.get_state() for g in generators]
+    for wrong, given, error, message in [
+        ({"generator": generators}, x[:1], ValueError, r"history\[0\] must have the shape"),
+        ({"generator": [*generators, generators[0]]}, x, ValueError, "one for each sample of the batch, got 3"),
+        ({"generator": [generators[0], 0]}, x, TypeError, "generator must be a torch.Generator"),
+        ({"generator": 0}, x, TypeError, "generator must be a torch.Generator"),
+        ({"generator": generators[0], "variance_noise": x}, x, ValueError, "name one source"),
+    ]:
+        with pytest.raises(error, match=message):
+            ours.step(given, ours.timesteps[0], x, **wrong)
+    assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True))
+    assert ours.step_index is None
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda s: s.set_timesteps(5.0), ValueError, "num_inference_steps must be a whole number"),
+        (lambda s: s.set_timesteps(True), ValueError, "num_inference_steps must be a whole number"),
+        (lambda s: s.set_timesteps(4, device="nowhere"), RuntimeError, "nowhere"),
+        (lambda s: s.set_timesteps(sigmas=[]), ValueError, "sigmas must hold at least one"),
+        (lambda s: s.set_timesteps(sigmas=[[1.0]]), TypeError, "sigmas must be numbers"),
+        (lambda s: s.set_begin_index(-1), ValueError, "begin_index must be a whole number from 0 to 5"),
+        (lambda s: s.set_begin_index(6), ValueError, "begin_index must be a whole number from 0 to 5"),
+        (lambda s: s.add_noise(noise().to(torch.uint8), noise(), torch.tensor([1, 2])), TypeError, "samples must be of a float"),
+        (lambda s: s.step(noise(), 1000, noise()), ValueError, "is not in the schedule"),
+    ],
+)  # fmt: skip
+def test_bad_calls_leave_the_run_as_it_was(call, error, message):
+    ours = ERSDEScheduler()
+    ours.set_timesteps(5)
+    before = dict(vars(ours))
+    with pytest.raises(error, match=message):
+        call(ours)
+    assert all(value is before[key] for key, value in vars(ours).items())
+
+
+@pytest.mark.parametrize("key, value", [("timestep_spacing", "even"), ("prediction_type", "eps"), ("final_sigmas_type", "one")])
+def test_a_config_that_is_written_later_is_checked(key, value):
+    ours = ERSDEScheduler()
+    ours.register_to_config(**{key: value})
+    with pytest.raises(ValueError, match=f"{key} must be one of"):
+        ours.set_timesteps(4)
+
+
+def test_a_training_schedule_that_is_written_later_is_taken():
+    ours = ERSDEScheduler()
+    ours.register_to_config(beta_schedule="scaled_linear")
+    ours.set_timesteps(4)
+    assert torch.equal(ours.alphas_cumprod, ERSDEScheduler(beta_schedule="scaled_linear").alphas_cumprod)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "sigmoid", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_zero_terminal_snr_at_any_number_of_steps(schedule, spacing):
+    ours = ERSDEScheduler(rescale_betas_zero_snr=True, beta_schedule=schedule, timestep_spacing=spacing)
+    for steps in (1, 10, 500, 999, 1000, 1500):
+        ours.set_timesteps(steps)
+        assert (ours.sigmas.diff() <= 0).all()
+
+
+def test_levels_of_ones_own():
+    """A 0 that the caller writes stays; one between 1 and 2 is no level of a flow; held at 1 where rounding put it above."""
+    ours = ERSDEScheduler(final_sigmas_type="sigma_min")
+    ours.set_timesteps(sigmas=[5.0, 1.0, 0.0])
+    assert ours.sigmas.tolist() == [5.0, 1.0, 0.0]
+    ours.set_timesteps(sigmas=[5.0, 1.0])
+    assert ours.sigmas[-1] > 0
+    flow = ERSDEScheduler(**FLOW)
+    flow.set_timesteps(sigmas=torch.tensor([1.0000001, 0.5]))
+    assert flow._plan.alphas.tolist() == [0.0, 0.5, 1.0]
+    with pytest.raises(ValueError, match=r"sigmas must be at most 1 for a flow, got 1\.5"):
+        flow.set_timesteps(sigmas=[1.5, 0.5])
+    ltx = ERSDEScheduler.from_config(diffusers.LTXEulerAncestralRFScheduler().config)
+    with pytest.raises(ValueError, match="counts the last 0 as a timestep"):
+        ltx.set_timesteps(sigmas=[1.0, 0.5, 0.0])
+
+
+def test_noise_of_a_process_that_explodes():
+    """Cosmos Predict2's levels: the noise that is added is that of the run."""
+    ours = ERSDEScheduler(use_karras_sigmas=True, sigma_max=80.0, sigma_min=0.002, **FLOW)
+    ours.set_timesteps(8)
+    ours.set_begin_index(6)
+    x = noise()
+    torch.testing.assert_close(ours.add_noise(x, 0 * x, ours.timesteps[6:7]), x)
 
 
 @pytest.mark.parametrize("config", [{"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}])

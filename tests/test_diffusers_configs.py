@@ -79,10 +79,10 @@ def variations(name):
 
 def three_ways(theirs, variation, tmp_path):
     """A config as a scheduler has it, as it is saved, and as people write it, with its class and what is not the default."""
-    theirs.save_pretrained(tmp_path / "saved")
+    yield lambda: ERSDEScheduler.from_config(theirs.config)
+    theirs.save_pretrained(tmp_path / "saved")  # which writes the class into the config
     (tmp_path / "written").mkdir(exist_ok=True)
     (tmp_path / "written" / "scheduler_config.json").write_text(json.dumps({"_class_name": type(theirs).__name__, **variation}))
-    yield lambda: ERSDEScheduler.from_config(theirs.config)
     yield lambda: ERSDEScheduler.from_pretrained(tmp_path / "saved")
     yield lambda: ERSDEScheduler.from_pretrained(tmp_path / "written")
 
@@ -188,7 +188,8 @@ def test_every_class_is_honoured_or_refused(name, tmp_path):
                 ours = make()
             except ValueError as error:
                 refused |= {key for key in variation if key in str(error)}
-                assert any(key in str(error) for key in variation), f"{name} {variation}: {error}"
+                same = name == "FlowMatchHeunDiscreteScheduler" and f"{name} and of FlowMapEuler" in str(error)
+                assert same or any(key in str(error) for key in variation), f"{name} {variation}: {error}"
                 continue
             levels, timesteps = expected_schedule(theirs, mu)
             ours.set_timesteps(STEPS, mu=mu)
@@ -220,6 +221,8 @@ def test_every_class_is_honoured_or_refused(name, tmp_path):
         ({"timestep_type": "continuous", "prediction_type": "v_prediction"}, "EulerDiscreteScheduler"),
         ({"snr_shift_scale": 3.0}, "CogVideoXDDIMScheduler"),
         ({"prediction_type": "flow_prediction"}, None),
+        ({"shift": 3.0, "note": "of mine"}, "FlowMatchEulerDiscreteScheduler"),
+        ({**diffusers.EDMEulerScheduler().config, "note": 1}, "EDMEulerScheduler"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
         ({"_class_name": ["my_schedulers", "EulerDiscreteScheduler"]}, "EulerDiscreteScheduler"),
     ],
@@ -241,6 +244,43 @@ def test_a_config_that_names_no_known_class():
         ERSDEScheduler(levels_of="LCMScheduler")
 
 
+@pytest.mark.parametrize(
+    "theirs, given, message",
+    [
+        (diffusers.UniPCMultistepScheduler, {"shift": 3.0}, "shift=3.0 changes nothing"),
+        (diffusers.FlowMatchEulerDiscreteScheduler, {"flow_shift": 3.0}, "flow_shift=3.0 changes nothing"),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler,
+            {"timestep_spacing": "trailing"},
+            "timestep_spacing='trailing' changes nothing",
+        ),
+        (diffusers.EDMEulerScheduler, {"use_karras_sigmas": True}, "use_karras_sigmas=True changes nothing"),
+        (diffusers.DDIMScheduler, {"rho": 3.0, "use_karras_sigmas": True}, "rho=3.0 changes nothing"),
+        (diffusers.DDIMScheduler, {"sigma_max": 30.0}, "sigma_max=30.0 needs use_karras_sigmas"),
+        (diffusers.EulerDiscreteScheduler, {"interpolation_type": "log_linear"}, "interpolation_type must be"),
+    ],
+)
+def test_arguments_that_would_change_nothing(theirs, given, message):
+    with pytest.raises(ValueError, match=message):
+        ERSDEScheduler.from_config(theirs().config, **given)
+
+
+def test_arguments_that_nobody_knows():
+    with pytest.raises(TypeError, match="noise_scalar"):
+        ERSDEScheduler.from_config(diffusers.DDIMScheduler().config, noise_scalar="ode")
+    _, unused = ERSDEScheduler.from_config({}, return_unused_kwargs=True, noise_scalar="ode")
+    assert unused["noise_scalar"] == "ode"
+    assert ERSDEScheduler.from_config({}, algorithm_type="sde-dpmsolver++", noise_sampler_seed=3).config.seed == 3
+    with pytest.raises(ValueError, match=r"flow_shift=8.0 changes nothing"):
+        ERSDEScheduler(prediction_type="flow_prediction", flow_shift=8.0)
+
+
+@pytest.mark.parametrize("theirs", ["SCMScheduler", "UnCLIPScheduler", "DDIMInverseScheduler", "IPNDMScheduler"])
+def test_a_plain_dict_of_a_refused_class_is_refused(theirs):
+    with pytest.raises(ValueError, match=theirs):
+        ERSDEScheduler.from_config(dict(getattr(diffusers, theirs)().config))
+
+
 def test_keys_that_a_class_does_not_read_are_not_read():
     """The JSON of Stable Diffusion's PNDM holds clip_sample, which PNDM does not know; DDIM clips where nothing is said."""
     assert not ERSDEScheduler.from_config({"_class_name": "PNDMScheduler", "clip_sample": True}).config.clip_sample
@@ -252,7 +292,9 @@ def test_keys_that_a_class_does_not_read_are_not_read():
 def test_the_solver_keeps_its_own_defaults():
     """The order of another solver is taken where somebody wrote it, not where it is that class's default."""
     assert ERSDEScheduler.from_config(diffusers.UniPCMultistepScheduler().config).config.solver_order == 3
-    assert ERSDEScheduler.from_config(diffusers.UniPCMultistepScheduler(solver_order=2).config).config.solver_order == 2
+    assert ERSDEScheduler.from_config(diffusers.UniPCMultistepScheduler(solver_order=1).config).config.solver_order == 1
+    assert ERSDEScheduler.from_config({"_class_name": "UniPCMultistepScheduler", "solver_order": 2}).config.solver_order == 3
+    assert not ERSDEScheduler.from_config({"_class_name": "UniPCMultistepScheduler"}).config.lower_order_final
     assert ERSDEScheduler.from_config(diffusers.DPMSolverSDEScheduler(noise_sampler_seed=7).config).config.seed == 7
     switched = DPMSolverMultistepScheduler.from_config(ERSDEScheduler(noise_scaler="ode", seed=3).config)
     again = ERSDEScheduler.from_config(switched.config)

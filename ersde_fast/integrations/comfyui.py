@@ -90,6 +90,8 @@ def image_numbers(noise: Tensor | None, seed: int, batch: int) -> list[int]:
     if noise is None or len(noise) != batch:
         return list(range(batch))
     starts = noise.flatten(1)[:, :64].float().cpu()
+    if not starts.any():  # a stage that adds none
+        return list(range(batch))
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def where_drawn(images: int) -> Tensor:
@@ -166,6 +168,8 @@ class SamplerERSDEFast:
     def get_sampler(self, solver_type, order, eta, s_noise, method, node_scale, noise, compatible):
         if compatible and noise != TORCH:
             raise ValueError(f"compatible needs {TORCH} noise, got {noise}")
+        if compatible and order > 3:
+            raise ValueError(f"compatible needs order 1 to 3, which the built-in er_sde has, got {order}")
         options = {"s_noise": s_noise, "noise_scaler": SOLVERS[solver_type], "max_stage": order, "eta": eta}
         options |= {"portable": noise == PORTABLE, "compatible": compatible}
         if not compatible:

@@ -1,5 +1,6 @@
 """`ERSDEScheduler`: ER-SDE (arXiv 2309.06169) as a scheduler of Hugging Face diffusers, one fused kernel a step."""
 
+import inspect
 from dataclasses import dataclass
 from numbers import Integral, Number
 
@@ -15,13 +16,22 @@ try:
 except ImportError as error:
     raise ImportError('ERSDEScheduler needs diffusers: pip install "ersde-fast[diffusers]"') from error
 
-from ..arguments import NUMBER_OF_TYPE
+from ..arguments import NUMBER_OF_TYPE, check_step
 from ..plan import Plan, er_sde_plan
 from ..reference import linear_combination, prediction
 from ..step import fast_step
-from .diffusers_configs import levels_class, translated
+from .diffusers_arguments import Drawn, for_batch, is_whole, numbers, quantile, without_numpy
+from .diffusers_configs import check_that_they_are_read, known_keys, levels_class, translated
 from .diffusers_levels import PREDICTION_TYPES, BetaLevels, EDMLevels, FlowLevels, is_spaced, training_alphas_cumprod
 
+CHOICES = {  # of keys
+    "prediction_type": tuple(PREDICTION_TYPES),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "timestep_type": ("discrete", "continuous"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "time_shift_type": ("exponential", "linear"),
+    "sigma_schedule": ("karras", "exponential"),
+}
 ROUNDINGS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that a timestep may have been through
 
 
@@ -59,7 +69,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         lower_order_final: order 2 before the last step (which has order 1 where the schedule ends at 0).
         seed: the noise of runs without a generator: Flux, SD3, Z-Image, Qwen and Wan pass none to `step`. A number, or one
             for each sample of the batch: the portable stream, the same bits on every machine and in every run. None takes
-            torch's default generator, which pipelines need that copy the scheduler for parts of a sample (SkyReels-V2).
+            torch's default generator, which pipelines want that copy the scheduler for each frame of a film or for its sound
+            (SkyReels-V2): copies draw the same noise from a seed, and a warning says so.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of the predictions (arXiv 2205.11487).
         clip_sample, clip_sample_range: clips the predictions to [-clip_sample_range, clip_sample_range].
         variance_type: with "learned" or "learned_range" the model's output holds twice the channels, and the second half is not read.
@@ -143,26 +154,21 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         rho: float = 7.0,
         levels_of: str | None = None,
     ):
-        _check_one_of("prediction_type", prediction_type, PREDICTION_TYPES)
-        _check_one_of("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
-        _check_one_of("timestep_type", timestep_type, ("discrete", "continuous"))
-        _check_one_of("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
-        _check_one_of("time_shift_type", time_shift_type, ("exponential", "linear"))
-        _check_one_of("sigma_schedule", sigma_schedule, ("karras", "exponential"))
-        if sum(map(bool, [use_karras_sigmas, use_exponential_sigmas or use_lu_lambdas, use_beta_sigmas])) > 1:
-            raise ValueError("only one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas can be True")
-        plain = {key: _without_numpy(value) for key, value in self.config.items()}
+        plain = {key: without_numpy(value) for key, value in self.config.items()}
         self.register_to_config(**{key: value for key, value in plain.items() if value is not self.config[key]})
-
-        self._made_levels = levels_class(self.config)(self.config)
-        self.alphas_cumprod = training_alphas_cumprod(self.config)
-        self.alphas = torch.cat([self.alphas_cumprod[:1], self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]])
-        self.betas = 1.0 - self.alphas
+        self._made_levels = self._read_config()
+        if levels_of is None:
+            check_that_they_are_read(self._not_default(self.config), self.config)
         self._plan_of(torch.tensor([0.5, 0.25], dtype=torch.float64, device="cpu"))  # says what is wrong with the plan's keys
-
         self.num_inference_steps = None
-        self._is_copy = False
+        self._drawn = Drawn()
         self._set_schedule(*self._levels_of.training(), None)
+
+    @classmethod
+    def _not_default(cls, keys: dict) -> dict:
+        """Those of some keys whose values are not what a config that leaves them out has."""
+        defaults = {key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items()}
+        return {k: v for k, v in keys.items() if k in defaults and (isinstance(v, np.ndarray) or v != defaults[k])}
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
@@ -175,19 +181,55 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: naming the class or the key that this scheduler cannot follow.
         """
-        if isinstance(config, dict):
-            config = translated(config, cls._get_init_keys(cls) - {"self"}, kwargs.get("levels_of"))
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        if not isinstance(config, dict):
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+        own_keys = cls._get_init_keys(cls) - {"self"}
+        unknown = kwargs.keys() - own_keys - known_keys()
+        if unknown and not return_unused_kwargs:
+            raise TypeError(
+                f"from_config got {', '.join(sorted(unknown))}: no key of a scheduler; its own are {', '.join(sorted(own_keys))}"
+            )
+        others = {key: kwargs.pop(key) for key in list(kwargs) if key not in own_keys and key not in unknown}
+        made = super().from_config(
+            translated(config, own_keys, kwargs.get("levels_of"), others), return_unused_kwargs, **kwargs
+        )
+        scheduler = made[0] if return_unused_kwargs else made
+        check_that_they_are_read(cls._not_default(kwargs), scheduler.config)
+        return made
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._is_copy = True
+    def _read_config(self):
+        """What makes the levels of the config, which is checked, and the attributes of its training schedule."""
+        config = self.config
+        for key, known in CHOICES.items():
+            if config[key] not in known:
+                raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
+        if (
+            sum(
+                map(
+                    bool,
+                    [config.use_karras_sigmas, config.use_exponential_sigmas or config.use_lu_lambdas, config.use_beta_sigmas],
+                )
+            )
+            > 1
+        ):
+            raise ValueError("only one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas can be True")
+        if not isinstance(config.noise_scaler, str):
+            raise ValueError(f"noise_scaler must be a name in a config, which is saved as JSON, got {config.noise_scaler!r}")
+        if not 0 <= config.dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio must be from 0 to 1, got {config.dynamic_thresholding_ratio!r}")
+        if not (isinstance(config.num_train_timesteps, int) and config.num_train_timesteps > 0):
+            raise ValueError(f"num_train_timesteps must be a whole number above 0, got {config.num_train_timesteps!r}")
+        levels = levels_class(config)(config)
+        self.alphas_cumprod = training_alphas_cumprod(config)
+        self.alphas = torch.cat([self.alphas_cumprod[:1], self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]])
+        self.betas = 1.0 - self.alphas
+        return levels
 
     @property
     def _levels_of(self):
         """What makes the levels: anew where a pipeline has written into the config."""
         if self._made_levels.config is not self.config:
-            self._made_levels = levels_class(self.config)(self.config)
+            self._made_levels = self._read_config()
         return self._made_levels
 
     @property
@@ -206,7 +248,15 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begins the run at a later step, as image-to-image pipelines do."""
+        """Begins the run at a later step, as image-to-image pipelines do.
+
+        Raises:
+            ValueError: for what is no step of the run that was planned, nor its end.
+        """
+        if begin_index is not None:
+            last = float("inf") if self.num_inference_steps is None else self.num_inference_steps
+            if not isinstance(begin_index, Integral) or not 0 <= begin_index <= last:
+                raise ValueError(f"begin_index must be a whole number from 0 to {last}, got {begin_index!r}")
         self._begin_index = begin_index
 
     def __len__(self) -> int:
@@ -244,19 +294,22 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 "timesteps and sigmas need a config without Karras, exponential and beta spacing, which place them"
             )
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if num_inference_steps is not None and not (is_whole(num_inference_steps) and num_inference_steps >= 1):
+            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps!r}")
+        ends_at_zero = False
         if sigmas is not None:
-            sigmas = _numbers("sigmas", sigmas).astype(np.float64)
-            if len(sigmas) > 1 and sigmas[-1] == 0:
+            sigmas = numbers("sigmas", sigmas).astype(np.float64)
+            if ends_at_zero := len(sigmas) > 1 and sigmas[-1] == 0:
                 sigmas = sigmas[:-1]
             if num_inference_steps is not None and len(sigmas) != num_inference_steps:
                 raise ValueError(f"sigmas must hold {num_inference_steps} levels before the last 0, got {len(sigmas)}")
         if timesteps is not None:
-            timesteps = _numbers("timesteps", timesteps)
+            timesteps = numbers("timesteps", timesteps)
             if sigmas is not None and len(sigmas) != len(timesteps):
                 raise ValueError(f"sigmas and timesteps must have one length, got {len(sigmas)} and {len(timesteps)}")
         levels, given = self._levels_of.place(num_inference_steps, sigmas, timesteps, mu)
+        if ends_at_zero:
+            levels[-1] = 0.0
         plan = self._plan_of(torch.from_numpy(levels))
         self._set_schedule(levels, given, device)
         self._plan, self.num_inference_steps = plan, len(given)
@@ -264,12 +317,14 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
     def _set_schedule(self, levels: np.ndarray, timesteps: np.ndarray, device) -> None:
         """Takes levels [num_steps + 1] and timesteps [num_steps], and forgets the run before."""
         whole = np.issubdtype(timesteps.dtype, np.integer)
-        self._times = torch.from_numpy(np.ascontiguousarray(timesteps)).to(torch.int64 if whole else torch.float32)
-        self._placed_timesteps = self.timesteps = self._times.to(device)
+        times = torch.from_numpy(np.ascontiguousarray(timesteps)).to(torch.int64 if whole else torch.float32)
+        self._placed_timesteps = self.timesteps = times.to(device)
+        self._times = times
         self._levels, self._numbers = torch.from_numpy(levels), levels.tolist()  # float64
         self.sigmas = self._shown(self._levels)
         self._step_index = self._begin_index = None
         self._history: list[Tensor] = []
+        self._drawn.clear()
 
     def _shown(self, levels: Tensor) -> Tensor:
         """Levels as they stand in `sigmas`."""
@@ -298,9 +353,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             )
         written, shown = self.sigmas.to("cpu", torch.float64), self._shown(self._levels)
         if (written != shown.to(self.sigmas.dtype).double()).any():
-            self._levels = 1 - written if self.config.invert_sigmas else written
-            self._numbers = self._levels.tolist()
-            self._plan = self._plan_of(self._levels)
+            levels = 1 - written if self.config.invert_sigmas else written
+            self._plan, self._levels, self._numbers = self._plan_of(levels), levels, levels.tolist()
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """Where a timestep stands in the schedule: the second place of one that stands twice.
@@ -317,7 +371,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         if len(places):
             return places[min(1, len(places) - 1)].item()
         rounded = torch.stack([schedule.to(dtype).double() == value for dtype in ROUNDINGS]).any(0)
-        if not rounded.any():
+        if is_whole(timestep) or not rounded.any():
             raise ValueError(
                 f"timestep {value:g} is not in the schedule of {len(schedule)} steps from {schedule[0].item():g} to "
                 f"{schedule[-1].item():g}: pass one of scheduler.timesteps, not the index of a loop or a timestep of another run"
@@ -344,18 +398,18 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
                 return None
         elif not isinstance(timestep, Number):
             raise TypeError(f"timestep must be a number or a tensor of one, got {type(timestep).__name__}")
-        if self._times.is_floating_point() and _is_whole(timestep):
+        if self._times.is_floating_point() and is_whole(timestep):
             raise ValueError(
                 f"timestep must be one of scheduler.timesteps, which are not whole here, got {timestep}: no index of a loop"
             )
-        if self._step_index is not None and self._is_time(float(timestep), self._step_index):
+        if self._step_index is not None and self._is_time(timestep, self._step_index):
             return self._step_index
         return self.index_for_timestep(timestep)
 
-    def _is_time(self, value: float, i: int) -> bool:
+    def _is_time(self, timestep: float | Tensor, i: int) -> bool:
         """Whether a number is the timestep of step i, or a rounding of it."""
-        time = self._times[i]
-        return time.item() == value or any(time.to(dtype).item() == value for dtype in ROUNDINGS)
+        value, time = float(timestep), self._times[i]
+        return time.item() == value or (not is_whole(timestep) and any(time.to(dtype).item() == value for dtype in ROUNDINGS))
 
     def _index(self, timestep: float | Tensor) -> int:
         """The step that comes next, checked against the timestep that it is called for where that costs nothing."""
@@ -382,7 +436,10 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         """The sample itself, which the model takes as it is; for a network inside EDM's preconditioning c_in times it."""
         if not isinstance(self._levels_of, EDMLevels):
             return sample
-        return self._get_conditioning_c_in(self._numbers[self._index(timestep)]) * sample
+        index = self._index(timestep)
+        if self._step_index is None:
+            self._take_written_levels()
+        return self._get_conditioning_c_in(self._numbers[index]) * sample
 
     def _get_conditioning_c_in(self, sigma):
         """EDM's c_in, by the name under which Cosmos Predict's pipelines ask for it."""
@@ -432,7 +489,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         if config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
         older = self._history[self._newest + 1 - index :]
-        history = [d if d.shape == sample.shape else _for_batch(d, sample) for d in older[: plan.order - 1]]
+        history = [d if d.shape == sample.shape else for_batch(d, sample) for d in older[: plan.order - 1]]
         kind = "sample"
         if pred_original_sample is not None:
             model_output = pred_original_sample
@@ -440,8 +497,9 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             model_output = self._denoised_tokens(sample, model_output, per_token_timesteps)
         else:
             model_output, kind = self._denoised(plan, i, index, sample, model_output)
-        source = self._source(plan, i, sample, generator, variance_noise)
-        x, denoised = fast_step(plan, i, sample, [model_output, *history], prediction_type=kind, **source)
+        history = [model_output, *history]
+        source = self._source(plan, i, index, sample, history, kind, generator, variance_noise)
+        x, denoised = fast_step(plan, i, sample, history, prediction_type=kind, **source)
         if per_token_timesteps is not None:
             moves = (per_token_timesteps - timestep).abs() <= 1e-3
             x = torch.where(moves.view(*moves.shape, *[1] * (x.dim() - moves.dim())), x, sample)
@@ -449,8 +507,10 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         self._step_index = index + 1
         return ERSDESchedulerOutput(x, denoised) if return_dict else (x, denoised)
 
-    def _source(self, plan: Plan, i: int, sample: Tensor, generator, variance_noise: Tensor | None) -> dict:
+    def _source(self, plan: Plan, i: int, index: int, sample: Tensor, history, kind: str, generator, variance_noise) -> dict:
         """The argument of fast_step that names the step's noise."""
+        if generator is not None and variance_noise is not None:
+            raise ValueError("generator and variance_noise were given: name one source of noise")
         if not torch.compiler.is_compiling() and plan.rows[i].w_noise == 0:
             return {}
         if variance_noise is not None:
@@ -458,15 +518,18 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         if generator is None:
             if self.config.seed is None:
                 return {}
-            if self._is_copy and sample._is_view():
-                raise ValueError(
-                    "seed must be None for copies of a scheduler that step parts of a sample, such as its frames: each would draw the "
-                    "same noise"
-                )
+            if not torch.compiler.is_compiling():
+                self._drawn.note(index, id(self))
             return {"seed": self.config.seed}
-        if isinstance(generator, torch.Generator) and generator.device.type == sample.device.type:
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        if not all(isinstance(one, torch.Generator) for one in generators):
+            raise TypeError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
+        if isinstance(generator, (list, tuple)) and len(generators) != len(sample):
+            raise ValueError(f"generator must be one or {len(sample)}, one for each sample of the batch, got {len(generators)}")
+        if generators == [generator] and generator.device.type == sample.device.type:
             return {"generator": generator}
-        return {"noise": randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)}
+        check_step(plan, i, sample, history, prediction_type=kind)  # before anything is drawn
+        return {"noise": randn_tensor(sample.shape, generator=list(generators), device=sample.device, dtype=sample.dtype)}
 
     def _denoised(self, plan: Plan, i: int, index: int, sample: Tensor, model_output: Tensor) -> tuple[Tensor, str]:
         """What fast_step is given: the model's output and its type, or the prediction where only PyTorch's operators make it."""
@@ -480,7 +543,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         else:
             denoised = linear_combination(list(zip(made_by, (sample, model_output), strict=True)), sample, exact)
         if config.thresholding:
-            size = _quantile(denoised.flatten(1).abs(), config.dynamic_thresholding_ratio)
+            size = quantile(denoised.flatten(1).abs(), config.dynamic_thresholding_ratio)
             size = size.clamp(1, config.sample_max_value).view(-1, *[1] * (denoised.dim() - 1))
             denoised = denoised.clamp(-size, size) / size
         elif config.clip_sample:
@@ -517,54 +580,16 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         return alphas * noise - sigmas * sample
 
     def _alphas_sigmas_at(self, timesteps, like: Tensor) -> tuple[Tensor, Tensor]:
-        count = timesteps.numel() if isinstance(timesteps, Tensor) else np.size(timesteps)
-        if self._begin_index is None:
-            times = np.atleast_1d(_numbers("timesteps", timesteps)).reshape(-1)
-            levels = torch.from_numpy(np.asarray(self._levels_of.at(times), dtype=np.float64))
+        if not like.is_floating_point():
+            raise TypeError(f"samples must be of a float dtype, got {like.dtype}")
+        index = self._begin_index if self._step_index is None else self._step_index
+        if self._begin_index is not None and self.num_inference_steps is not None and index < self.num_inference_steps:
+            if self._step_index is None:
+                self._take_written_levels()
+            count = timesteps.numel() if isinstance(timesteps, Tensor) else np.size(timesteps)
+            pair = self._plan.alphas[index].expand(count), self._plan.sigmas[index].expand(count)
         else:
-            index = self._begin_index if self._step_index is None else self._step_index
-            levels = self._levels[index].expand(count)
+            times = np.atleast_1d(numbers("timesteps", timesteps)).reshape(-1)
+            pair = self._alphas_sigmas(torch.from_numpy(np.asarray(self._levels_of.at(times), dtype=np.float64)))
         shape = (-1, *[1] * (like.dim() - 1))
-        return tuple(level.to(like.dtype).to(like.device).view(shape) for level in self._alphas_sigmas(levels))
-
-
-def _check_one_of(name: str, value, names) -> None:
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
-
-
-def _numbers(name: str, values) -> np.ndarray:
-    """An array of its own of a list, array or tensor on any device; NumPy has no bfloat16."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = values.double() if values.is_floating_point() else values
-    values = np.array(values)
-    if values.dtype.kind not in "iuf" or values.ndim > 1:
-        raise TypeError(f"{name} must be numbers in one dimension, got {values.dtype} of shape {values.shape}")
-    return values
-
-
-def _is_whole(timestep: float | Tensor) -> bool:
-    """Whether it is of a type of whole numbers."""
-    return not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, Integral)
-
-
-def _without_numpy(value):
-    """A config's value as JSON can hold it."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return [_without_numpy(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _for_batch(denoised: Tensor, sample: Tensor) -> Tensor:
-    """A prediction for a sample that stands in the batch several times, as guidance has it."""
-    return torch.cat([denoised] * max(len(sample) // len(denoised), 1))
-
-
-def _quantile(values: Tensor, q: float) -> Tensor:
-    """Of each row, between neighbours in a line, as torch.quantile, which takes at most 2^24 numbers."""
-    position = q * (values.shape[1] - 1)
-    low = int(position)
-    below = values.kthvalue(low + 1, dim=1).values
-    above = values.kthvalue(min(low + 2, values.shape[1]), dim=1).values
-    return torch.lerp(below, above, position - low)
+        return tuple(level.to(like.dtype).to(like.device).view(shape) for level in pair)

@@ -5,7 +5,16 @@ import inspect
 import diffusers
 from diffusers.configuration_utils import FrozenDict
 
-from .diffusers_levels import BetaLevels, CosineLevels, DPMFlowLevels, EDMLevels, FlowLevels, LTXLevels, UniPCFlowLevels
+from .diffusers_levels import (
+    BetaLevels,
+    CosineLevels,
+    DPMFlowLevels,
+    EDMLevels,
+    FlowLevels,
+    LTXLevels,
+    UniPCFlowLevels,
+    is_spaced,
+)
 
 # Each class whose levels are known, to what makes them: without and with use_flow_sigmas. Where a config does not name its class,
 # the first whose keys it holds is taken.
@@ -69,18 +78,11 @@ REFUSED = {
     "RFD4ProteinaScheduler": "rescales the score as it samples",
 }
 
-OWN = (
-    "noise_scaler",
-    "method",
-    "node_scale",
-    "integration_points",
-    "s_noise",
-    "eta",
-    "seed",
-)  # keys that the others do not have
-OF_SOLVERS = ("solver_order", "lower_order_final", "s_noise", "eta")  # read where they are written, without a class's default
+OWN = ("noise_scaler", "method", "node_scale", "integration_points", "s_noise", "eta", "seed")  # that the others do not have
+OF_SOLVERS = ("solver_order", "lower_order_final", "s_noise", "eta")  # read where they are not their class's default
 WRITTEN_LATER = ("sigma_min", "sigma_max", "sigma_data", "final_sigmas_type")  # by Cosmos Predict2's pipeline, into any config
 ANOTHER_NAME = {"noise_sampler_seed": "seed"}
+OF_LEVELS = set().union(*(levels.reads for pair in LEVELS_OF.values() for levels in pair))
 
 
 def levels_class(config) -> type:
@@ -94,7 +96,7 @@ def levels_class(config) -> type:
     return LEVELS_OF[name][bool(config.use_flow_sigmas)]
 
 
-def translated(config: dict, own_keys: set[str], levels_of: str | None = None) -> dict:
+def translated(config: dict, own_keys: set[str], levels_of: str | None, others: dict) -> dict:
     """A config in the keys of ERSDEScheduler. What it leaves out is what its own class takes for it, and what its class does not
     read is not read; the rest of it is kept, so that it can be turned back.
 
@@ -102,21 +104,23 @@ def translated(config: dict, own_keys: set[str], levels_of: str | None = None) -
         config: of any scheduler of diffusers, or of ERSDEScheduler, which is returned as it is.
         own_keys: the keys of ERSDEScheduler.
         levels_of: the class to take it for; None goes by the config.
+        others: keys that are not ersde-fast's and go before those of the config.
 
     Raises:
         ValueError: naming the class or the key that cannot be followed.
     """
     name = levels_of or _class_of(config)
+    renamed = {new: others[old] for old, new in ANOTHER_NAME.items() if old in others}
     if name is None:
-        return config
+        return {**config, **others, **renamed}
     _check_class(name)
-    written = {k: v for k, v in config.items() if k not in config.get("_use_default_values", ()) and not k.startswith("_")}
+    values = {k: v for k, v in config.items() if not k.startswith("_")} | others
     read = _defaults(name)
     if name == "LTXEulerAncestralRFScheduler":  # which asks the scheduler that the pipeline had before
         read = _defaults("FlowMatchEulerDiscreteScheduler") | read
-    taken = {k: v for k, v in read.items() if k in own_keys and k not in OF_SOLVERS}
-    taken |= {k: v for k, v in written.items() if k in read or k in OWN or k in WRITTEN_LATER}
-    taken |= {new: written[old] for old, new in ANOTHER_NAME.items() if written.get(old) is not None}
+    taken = read | {k: v for k, v in values.items() if k in read or k in OWN or k in WRITTEN_LATER}
+    taken |= {new: values[old] for old, new in ANOTHER_NAME.items() if values.get(old) is not None}
+    taken = {k: v for k, v in taken.items() if k not in OF_SOLVERS or v != read.get(k)}
     if taken.get("interpolation_type", "linear") != "linear":
         raise ValueError(
             f'interpolation_type must be "linear", got {taken["interpolation_type"]!r}: its levels are one too many'
@@ -127,6 +131,21 @@ def translated(config: dict, own_keys: set[str], levels_of: str | None = None) -
         taken["prediction_type"] = "flow_prediction"
     unread = {k: v for k, v in config.items() if k not in own_keys and k != "_use_default_values"}
     return unread | {k: v for k, v in taken.items() if k in own_keys} | {"_class_name": name, "levels_of": name}
+
+
+def check_that_they_are_read(keys: dict, config) -> None:
+    """Raises for a key of levels that the levels of a config are not made from."""
+    reads = levels_class(config).reads
+    for key, value in keys.items():
+        if key in OF_LEVELS and key not in reads:
+            raise ValueError(f"{key}={value!r} changes nothing: these levels are made from {', '.join(sorted(reads))}")
+        if key in ("sigma_min", "sigma_max") and "sigma_schedule" not in reads and not is_spaced(config):
+            raise ValueError(f"{key}={value!r} needs use_karras_sigmas, use_exponential_sigmas or use_beta_sigmas")
+
+
+def known_keys() -> set[str]:
+    """Of all schedulers of diffusers."""
+    return set().union(*(_parameters(name) for name in (*LEVELS_OF, *REFUSED) if hasattr(diffusers, name)))
 
 
 def _check_class(name: str) -> None:
@@ -148,9 +167,9 @@ def _class_of(config: dict) -> str | None:
         return None
     if name is not None:
         return name
-    keys = {k for k in config if not k.startswith("_")}
     known = {name: set(_parameters(name)) for name in (*LEVELS_OF, *REFUSED) if hasattr(diffusers, name)}
-    if isinstance(config, FrozenDict):  # of a scheduler, whose config holds every key of its class
+    keys = {k for k in config if any(k in read for read in known.values())}
+    if isinstance(config, FrozenDict) or "_use_default_values" in config:  # of a scheduler: it holds every key of its class
         most = max((len(read) for read in known.values() if read <= keys), default=0)
         same = [name for name, read in known.items() if read and read <= keys and len(read) == most]
         if any(name in REFUSED for name in same):
@@ -161,7 +180,7 @@ def _class_of(config: dict) -> str | None:
         return same[0] if same else None
     if config.get("prediction_type") == "flow_prediction" and not config.get("use_flow_sigmas"):
         return None
-    return next((name for name in known if keys - set(OWN) <= known[name]), None)
+    return next((name for name, read in known.items() if keys - set(OWN) <= read), None)
 
 
 def _parameters(name: str):

@@ -2,6 +2,7 @@
 
 A kind answers what a scheduler asks of its schedule:
 
+    reads                               the keys of a config that its levels are made from
     place(n, sigmas, timesteps, mu)     the levels of a run [n + 1] and the times that the model is given [n]
     at(timesteps)                       the levels of any times that a model may be trained with
     alphas_sigmas(levels)               the signal and the noise level of a sample at these levels
@@ -22,12 +23,21 @@ from .edm import karras_sigmas
 PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "flow"}
 SMALLEST_ALPHA_CUMPROD = 2.0**-24  # stands for 0 at zero terminal SNR, as in diffusers, so that er_lambda stays finite
 CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
+OF_BETAS = {
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale",
+}  # fmt: skip
+OF_SPACINGS = {
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "sigma_min", "sigma_max",
+}  # fmt: skip
 
 
 class BetaLevels:
     """Variance preserving, from the betas of a training schedule; timesteps are its indices."""
 
     init_noise_sigma = 1.0
+    reads = OF_BETAS | OF_SPACINGS | {
+        "timestep_spacing", "steps_offset", "timestep_type", "final_sigmas_type", "lambda_min_clipped",
+    }  # fmt: skip
 
     def __init__(self, config):
         if config.prediction_type == "flow_prediction":
@@ -89,6 +99,10 @@ class FlowLevels:
 
     init_noise_sigma = 1.0
     whole_times = False
+    reads = OF_SPACINGS | {
+        "num_train_timesteps", "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
+        "time_shift_type", "shift_terminal", "invert_sigmas", "final_sigmas_type", "sigma_data",
+    }  # fmt: skip
 
     def __init__(self, config):
         self.config = config
@@ -118,11 +132,15 @@ class FlowLevels:
         else:
             levels = self.even(n, shift)
         if config.shift_terminal and (sigmas is not None or timesteps is None):
+            if levels[-1] == 1:
+                raise ValueError("shift_terminal needs at least 2 steps, got one at level 1")
             levels = 1 - (1 - levels) * (1 - config.shift_terminal) / (1 - levels[-1])
         if is_spaced(config):
             levels = self.spaced(levels)
         if 1 < levels[0] < 1 + 1e-6:  # what a shift's rounding makes of 1
             levels = np.minimum(levels, 1.0)
+        elif 1 < levels[0] < 2:
+            raise ValueError(f"sigmas must be at most 1 for a flow, got {levels[0]}")
         return np.append(levels, self.last(levels)), self._times(levels) if timesteps is None else timesteps
 
     def given(self, sigmas: np.ndarray, shift: float) -> np.ndarray:
@@ -152,6 +170,7 @@ class FlowLevels:
         return 1 - levels if self.config.invert_sigmas else levels
 
     # Cosmos Predict2 runs a variance exploding process as a flow whose levels go to 80. The prediction is x - sigma output in both.
+    # So a run that starts far above 1 explodes.
 
     def alphas_sigmas(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(levels) if levels.max() > 1 else 1 - levels, levels
@@ -163,16 +182,22 @@ class FlowLevels:
 
 
 class LTXLevels(FlowLevels):
-    """As LTXEulerAncestralRFScheduler: levels that are given are not shifted."""
+    """As LTXEulerAncestralRFScheduler by a count of steps."""
 
-    def given(self, sigmas, shift):
-        return sigmas
+    def place(self, n, sigmas, timesteps, mu):
+        if sigmas is not None or timesteps is not None:
+            raise ValueError(
+                "sigmas and timesteps are not taken for LTXEulerAncestralRFScheduler, which counts the last 0 as a timestep too: "
+                'from_config(config, levels_of="FlowMatchEulerDiscreteScheduler")'
+            )
+        return super().place(n, sigmas, timesteps, mu)
 
 
 class DPMFlowLevels(FlowLevels):
     """As DPM-Solver's schedulers, DEIS's and SASolver's with use_flow_sigmas."""
 
     whole_times = True
+    reads = FlowLevels.reads - {"shift"} | OF_BETAS | {"use_flow_sigmas", "flow_shift"}
 
     def shift(self, mu):
         return super().shift(mu) if self.config.use_dynamic_shifting and mu is not None else self.config.flow_shift
@@ -213,6 +238,10 @@ class UniPCFlowLevels(DPMFlowLevels):
 
 class EDMLevels:
     """Variance exploding, for networks inside EDM's preconditioning (Karras et al. 2022, table 1); the time is log(sigma) / 4."""
+
+    reads = frozenset(
+        ["num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "final_sigmas_type"]
+    )
 
     def __init__(self, config):
         for key in ("sigma_min", "sigma_max", "sigma_data"):
@@ -283,8 +312,7 @@ def training_alphas_cumprod(config) -> Tensor:
     if scale := config.snr_shift_scale:
         alphas_cumprod = alphas_cumprod / (scale + (1 - scale) * alphas_cumprod)
     if config.rescale_betas_zero_snr:
-        alphas_cumprod = _rescaled_to_zero_snr(alphas_cumprod)
-        alphas_cumprod[-1] = SMALLEST_ALPHA_CUMPROD
+        alphas_cumprod = _rescaled_to_zero_snr(alphas_cumprod).clamp(min=SMALLEST_ALPHA_CUMPROD)
     return alphas_cumprod
 
 

@@ -1,0 +1,66 @@
+"""What callers of ERSDEScheduler pass, in the form in which it takes them."""
+
+import warnings
+from numbers import Integral
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Drawn(dict):
+    """Which of a scheduler and its copies drew a step's noise from the config's seed, in the runs that were planned last."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def note(self, step: int, drawer: int) -> None:
+        if self.setdefault(step, drawer) != drawer:
+            warnings.warn(
+                "copies of an ERSDEScheduler draw the same noise from its seed, in frames that each have a copy for one: leave seed None "
+                "there, or give each copy its own",
+                stacklevel=4,
+            )
+
+
+def numbers(name: str, values) -> np.ndarray:
+    """An array of its own of a list, array or tensor on any device; NumPy has no bfloat16."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values
+    elif isinstance(values, (list, tuple)):
+        values = [value.item() if isinstance(value, Tensor) and value.dim() == 0 else value for value in values]
+    values = np.array(values)
+    if values.dtype.kind not in "iuf" or values.ndim > 1:
+        raise TypeError(f"{name} must be numbers in one dimension, got {values.dtype} of shape {values.shape}")
+    if values.size == 0:
+        raise ValueError(f"{name} must hold at least one number, got none")
+    return values
+
+
+def is_whole(timestep: float | Tensor) -> bool:
+    """Whether it is of a type of whole numbers."""
+    if isinstance(timestep, Tensor):
+        return not timestep.is_floating_point()
+    return isinstance(timestep, Integral) and not isinstance(timestep, bool)
+
+
+def without_numpy(value):
+    """A config's value as JSON can hold it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return [without_numpy(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def for_batch(denoised: Tensor, sample: Tensor) -> Tensor:
+    """A prediction for a sample that stands in the batch several times, as guidance has it."""
+    return torch.cat([denoised] * max(len(sample) // len(denoised), 1))
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """Of each row, between neighbours in a line, as torch.quantile, which takes at most 2^24 numbers."""
+    position = q * (values.shape[1] - 1)
+    low = int(position)
+    below = values.kthvalue(low + 1, dim=1).values
+    above = values.kthvalue(min(low + 2, values.shape[1]), dim=1).values
+    return torch.lerp(below, above, position - low)
