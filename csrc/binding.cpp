@@ -555,8 +555,9 @@ Enum known(const char* name, int number, Enum last) {
 // The table [num_steps, order + 2 + kColumnsBehind] of a plan and its schedule [3, num_steps + 1], sigmas, alphas, er_lambdas, on
 // the device of sigmas, without waiting for it. See er_sde_plan in plan.py; orders: int32 [num_steps] there, or None.
 py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas, int process, int order,
-               const std::optional<at::Tensor>& orders, int scaler, double strength, int method, double node_scale,
-               int integration_points, double s_noise, int64_t first_step) {
+               const std::optional<at::Tensor>& orders, int scaler, double strength, int method,
+               std::optional<double> node_scale, int integration_points, double s_noise, std::optional<double> guidance,
+               int64_t first_step) {
   ersde::PlanArgs a{};
   const at::Tensor s = sigmas.contiguous(), given = alphas ? alphas->contiguous() : at::Tensor();
   TORCH_CHECK(dtype_of(s, a.sigmas_dtype) && (!alphas || dtype_of(given, a.alphas_dtype)), "sigmas must be float64 or float32");
@@ -569,9 +570,10 @@ py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas
   a.scaler = known("scaler", scaler, ersde::Scaler::sde_5);
   a.strength = strength;
   a.method = known("method", method, ersde::Method::newton);
-  a.node_scale = node_scale;
+  a.node_scale = node_scale.value_or(NAN);
   a.integration_points = integration_points;
   a.s_noise = s_noise;
+  a.guidance = guidance.value_or(-1);
   a.first_step = (uint32_t)first_step;
   const auto options = s.options().dtype(at::kDouble).requires_grad(false);
   const at::Tensor table = at::empty({a.num_steps, order + 2 + ersde::kColumnsBehind}, options);

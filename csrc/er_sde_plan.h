@@ -36,6 +36,7 @@ struct PlanArgs {
   double node_scale;
   int integration_points;  // 0: exact
   double s_noise;
+  double guidance;  // at least 0: chooses order and node_scale of each step, in the place of those above
   uint32_t first_step;
   double* table;     // [num_steps, order + 2 + kColumnsBehind]
   double* schedule;  // [3, num_steps + 1]: sigmas, alphas, er_lambdas
@@ -112,6 +113,17 @@ ERSDE_PLAN_FN double log_growth(const PlanArgs& a, double l, double y) {
   return a.strength == 0 ? 0 : a.strength * full_growth(a.scaler, l, y);
 }
 
+struct Choice {
+  int order;
+  double node_scale;
+};
+
+// The order and node_scale of step i, from l_s to l_t; choice.py says why.
+ERSDE_PLAN_FN Choice choice_of_step(const PlanArgs& a, int64_t i, double l_s, double l_t) {
+  if (!(a.guidance >= 0)) return {a.orders ? a.orders[i] : a.order, a.node_scale};
+  return l_s > 1 && a.guidance >= 2 ? Choice{2, 4 * a.guidance * l_s / l_t} : Choice{3, 10};
+}
+
 // u(a) - u(b) for u(l) = l / (1 + l / scale), without cancellation.
 ERSDE_PLAN_FN double u_difference(double a, double b, double scale) {
   if (std::isinf(scale)) return a - b;
@@ -132,7 +144,7 @@ ERSDE_PLAN_FN void gauss_point(int i, double& x, double& w) {
 
 // The points of `integral from l_t to l_s of (1 - phi_t / phi(l)) f(l) dl`: f(l, weight) for those of this lane.
 template <typename Lanes, typename F>
-ERSDE_PLAN_FN void for_each_point(const PlanArgs& a, double l_s, double l_t, const Lanes& lanes, const F& f) {
+ERSDE_PLAN_FN void for_each_point(const PlanArgs& a, double l_s, double l_t, double node_scale, const Lanes& lanes, const F& f) {
   if (a.integration_points) {
     // Existing samplers sum only the 1 / phi part, from the left; the rest two nodes integrate exactly for linear functions.
     const double h = (l_s - l_t) / a.integration_points;
@@ -147,7 +159,7 @@ ERSDE_PLAN_FN void for_each_point(const PlanArgs& a, double l_s, double l_t, con
     return;
   }
   double reach = log_ratio(l_s, l_t);
-  if (!std::isinf(a.node_scale)) reach = fmin(reach, log(1e17) + log(fmax(l_t, a.node_scale)) - log(l_t));
+  if (!std::isinf(node_scale)) reach = fmin(reach, log(1e17) + log(fmax(l_t, node_scale)) - log(l_t));
   const int panels = (int)fmax(ceil(reach / 2), 1.0);
   const double width = reach / panels;
   for (int p = lanes.index(); p < 16 * panels; p += lanes.count()) {
@@ -163,7 +175,7 @@ template <typename Lanes>
 ERSDE_PLAN_FN void taylor(const PlanArgs& a, const double* nodes, int n, double l_t, const Lanes& lanes, double* d) {
   const double l_s = nodes[0];
   double c_1 = 0, c_2 = 0;
-  for_each_point(a, l_s, l_t, lanes, [&](double l, double w) {
+  for_each_point(a, l_s, l_t, a.node_scale, lanes, [&](double l, double w) {
     c_1 -= w;
     c_2 -= w * (l - l_s);
   });
@@ -181,12 +193,13 @@ ERSDE_PLAN_FN void taylor(const PlanArgs& a, const double* nodes, int n, double 
 
 // Less the order-1 term: -integral of (1 - phi_t / phi) dL_j(u(l)) for every Lagrange basis polynomial L_j on the nodes.
 template <typename Lanes>
-ERSDE_PLAN_FN void newton(const PlanArgs& a, const double* nodes, int n, double l_t, const Lanes& lanes, double* d) {
+ERSDE_PLAN_FN void newton(const PlanArgs& a, const double* nodes, int n, double l_t, double node_scale, const Lanes& lanes,
+                          double* d) {
   for (int j = 0; j < n; ++j) d[j] = 0;
-  for_each_point(a, nodes[0], l_t, lanes, [&](double l, double w) {
-    const double slope = 1 + l / a.node_scale;
+  for_each_point(a, nodes[0], l_t, node_scale, lanes, [&](double l, double w) {
+    const double slope = 1 + l / node_scale;
     double from[kMaxPredictions];
-    for (int k = 0; k < n; ++k) from[k] = u_difference(l, nodes[k], a.node_scale);
+    for (int k = 0; k < n; ++k) from[k] = u_difference(l, nodes[k], node_scale);
     for (int j = 0; j < n; ++j) {
       double derivative = 0;
       for (int m = 0; m < n; ++m) {
@@ -200,7 +213,7 @@ ERSDE_PLAN_FN void newton(const PlanArgs& a, const double* nodes, int n, double 
   });
   for (int j = 0; j < n; ++j) {
     double denominator = 1;
-    for (int k = 0; k < n; ++k) denominator *= k == j ? 1 : u_difference(nodes[j], nodes[k], a.node_scale);
+    for (int k = 0; k < n; ++k) denominator *= k == j ? 1 : u_difference(nodes[j], nodes[k], node_scale);
     d[j] = lanes.sum(d[j]) / denominator;
   }
 }
@@ -232,19 +245,20 @@ ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& la
   double nodes[kMaxPredictions], d[kMaxPredictions];
   Level newer = t;
   int slots[kMaxPredictions], n = 0;
-  const int order = a.orders ? a.orders[i] : a.order;
-  for (int slot = 0; slot < order && slot <= i; ++slot) {  // of repeated nodes the newest counts
+  const Choice choice = choice_of_step(a, i, s.l, t.l);
+  for (int slot = 0; slot < choice.order && slot <= i; ++slot) {  // of repeated nodes the newest counts
     const Level v = level_of(a, i - slot);
     const bool again = repeats(a, v, newer) || v.l == newer.l;
     if (!again && !(v.l > newer.l)) return false;
-    if (slot == 0 || (!again && (!std::isinf(v.l) || !std::isinf(a.node_scale)))) {
+    if (slot == 0 || (!again && (!std::isinf(v.l) || !std::isinf(choice.node_scale)))) {
       nodes[n] = v.l;
       slots[n++] = slot;
     }
     newer = v;
   }
   if (n > 1) {
-    a.method == Method::taylor ? taylor(a, nodes, n, t.l, lanes, d) : newton(a, nodes, n, t.l, lanes, d);
+    a.method == Method::taylor ? taylor(a, nodes, n, t.l, lanes, d)
+                               : newton(a, nodes, n, t.l, choice.node_scale, lanes, d);
     for (int j = 0; j < n; ++j) w[1 + slots[j]] += t.alpha * d[j];
   }
   double sum = 0, size = 0;

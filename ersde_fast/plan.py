@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .choice import NODE_SCALE, ORDER, UNTOLD, chosen
 from .extension import _C
 from .noise_scaler import NoiseScaler, get_noise_scaler, nonnegative
 
 EPS = torch.finfo(torch.float64).eps
 CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
 MAX_ORDER = {"taylor": 3, "newton": 5}
-NODE_SCALE = 10.0
 
 _GAUSS_X, _GAUSS_W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
 
@@ -100,7 +100,8 @@ class Plan(_Table):
     Attributes:
         sigmas, alphas, er_lambdas: float64 tensors [num_steps + 1], on the CPU or where `sigmas` were.
         weights: float64 tensor [num_steps, order + 2], columns w_x | w_d[0] ... w_d[order - 1] | w_noise.
-        orders: the order asked for at each step.
+        orders: the order asked for at each step; where `guidance` chooses it, the largest that it may choose.
+        guidance: what order and node_scale of each step are chosen for; None where they are named.
         draws: whether any step adds noise; of a plan on a device, whether one can.
         first_step: step i draws the portable noise of step `first_step + i`.
     """
@@ -114,10 +115,11 @@ class Plan(_Table):
     process: str | None
     noise_scaler: NoiseScaler
     method: str
-    node_scale: float
+    node_scale: float | None
     integration_points: int | None
     s_noise: float
     eta: float
+    guidance: float | None
     first_step: int = 0
 
     @cached_property
@@ -138,7 +140,7 @@ class Plan(_Table):
             raise ValueError(f"i must be 0 to {self.num_steps - 1} (the plan has {self.num_steps} steps), got {i}")
         return _build(
             self.sigmas[i:], None if self.process else self.alphas[i:], self.orders[i:], self.process, self.noise_scaler,
-            self.method, self.node_scale, self.integration_points, self.s_noise, self.eta, self.first_step + i,
+            self.method, self.node_scale, self.integration_points, self.s_noise, self.eta, self.guidance, self.first_step + i,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -149,10 +151,10 @@ class Plan(_Table):
         Raises:
             ValueError: what `er_sde_plan` says of the same schedule on the host.
         """
-        alphas = None if self.process else self.alphas.to(CPU)
-        er_sde_plan(
-            self.sigmas.to(CPU), alphas, self.process or "ve", self.orders, self.noise_scaler, self.method,
-            self.node_scale, self.integration_points, self.s_noise, self.eta,
+        _build_by_torch(
+            self.sigmas.to(CPU, torch.float64), None if self.process else self.alphas.to(CPU), self.orders, self.process,
+            self.noise_scaler, self.method, self.node_scale, self.integration_points, self.s_noise, self.eta, self.guidance,
+            self.first_step,
         )  # fmt: skip
 
 
@@ -205,15 +207,19 @@ def er_sde_plan(
     sigmas: Tensor | Sequence[float] | np.ndarray,
     alphas: Tensor | Sequence[float] | np.ndarray | None = None,
     process: str = "ve",
-    order: int | Sequence[int] = 3,
+    order: int | Sequence[int] | None = None,
     noise_scaler: str | NoiseScaler | Callable[[Tensor], Tensor] = "sde_5",
     method: str | None = None,
     node_scale: float | None = None,
     integration_points: int | None = None,
     s_noise: float = 1.0,
     eta: float = 1.0,
+    guidance: float | None = None,
 ) -> Plan:
     """Builds the weights of an ER-SDE sampling run.
+
+    Where order, method, node_scale and integration_points are all left out, order and node_scale are chosen for each step by its
+    two levels and the guidance.
 
     Args:
         sigmas: [num_steps + 1] noise levels, non-increasing, the last may be 0. Any device and float dtype; computed in
@@ -224,7 +230,8 @@ def er_sde_plan(
         alphas: [num_steps + 1] signal levels; None takes them from `process`.
         process: "ve": alpha = 1. "vp": alpha = sqrt(1 - sigma^2). "flow": alpha = 1 - sigma.
         order: 1 to 5 ("newton") or 1 to 3 ("taylor"), or one such number for each step. A step uses as many predictions
-            as its order and the history allow. 3, as the paper's: 4 and 5 gain little, and amplify a model's errors more.
+            as its order and the history allow. None is 3, as the paper's, or what guidance chooses: 4 and 5 gain little, and
+            amplify a model's errors more.
         noise_scaler: "ode", "sde", "sde_1" to "sde_5" (the paper's appendix A.8), "reverse_time_sde(eta)", or phi itself: a
             function of a float64 tensor of er_lambdas, elementwise. "sde_5", the paper's: as near to the model's limit as
             "ode" from 8 evaluations on, and the noise still takes some of the model's errors back.
@@ -232,23 +239,40 @@ def er_sde_plan(
             paper's rule. None is "newton", which is ahead of the paper's rule on every problem of docs/quality.md, or "taylor"
             where integration_points are given.
         node_scale: newton only; the history is interpolated in `l / (1 + l / node_scale)`, in which it is closer to a
-            polynomial. inf is er_lambda itself. None is inf where a method is named, and 10 where none is: ten times the standard
-            deviation of latents and some twenty times that of images in [-1, 1], since too small a scale costs more than too
-            large a one, and amplifies a model's errors at high noise.
+            polynomial. inf is er_lambda itself. None is inf where a method is named, and where none is 10 or what guidance
+            chooses: 10 is ten times the standard deviation of latents and some twenty times that of images in [-1, 1], since too
+            small a scale costs more than too large a one, and amplifies a model's errors at high noise.
         integration_points: taylor only; None integrates exactly, a number takes the left Riemann sum of that many points
             (100: the authors' code, 200: ComfyUI).
         s_noise: multiplies the noise.
         eta: the strength of the noise scaler, at least 0: log(phi(l) / l) grows by eta times as much. 0 is the ODE, whatever
             the scaler; "sde" at eta is "reverse_time_sde(eta)". The marginals stay those of the process, unlike with s_noise.
+        guidance: the scale of the model's classifier-free guidance, 1 for none, for which order and node_scale are chosen. Above
+            er_lambda 1 guidance multiplies what extrapolation amplifies, so from guidance 2 on steps there have order 2, and a
+            node_scale that grows with guidance and with the step, 4 guidance er_lambda_s / er_lambda_t; all others have order 3
+            and node_scale 10. None is 2.5, which no guidance turns to garbage; who knows better gains by saying so.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.
     """
     if not isinstance(process, str) or process not in PROCESSES:
         raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}')
+    named = {"order": order, "method": method, "node_scale": node_scale, "integration_points": integration_points}
+    named = {name: value for name, value in named.items() if value is not None}
+    if guidance is not None:
+        guidance = nonnegative("guidance", guidance)
+        if named:
+            given = ", ".join(f"{name}={value!r}" for name, value in named.items())
+            raise ValueError(
+                f"guidance chooses order and node_scale, so it cannot be told with {given}: leave out one or the other"
+            )
+    elif not named:
+        guidance = UNTOLD
     by_default = method is None and integration_points is None
     if method is None:
         method = "newton" if by_default else "taylor"
+    if order is None:
+        order = ORDER
     if not isinstance(method, str) or method not in MAX_ORDER:
         raise ValueError(f'method must be None, "newton" or "taylor", got {method!r}')
     if node_scale is None:
@@ -273,7 +297,7 @@ def er_sde_plan(
             raise ValueError(f"alphas must have the length of sigmas, {len(sigmas)}, got {len(alphas)}")
     return _build(
         sigmas, alphas, _orders(order, len(sigmas) - 1, method), process, noise_scaler, method,
-        float(node_scale), integration_points, s_noise, eta, 0,
+        float(node_scale) if named else None, integration_points, s_noise, eta, guidance, 0,
     )  # fmt: skip
 
 
@@ -359,7 +383,7 @@ def _build(sigmas, alphas, orders, process, noise_scaler, *options) -> Plan:
 
 
 def _build_by_torch(
-    sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, eta, first_step
+    sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, eta, guidance, first_step
 ) -> Plan:
     """The plan of any noise scaler, on the host, every step of it checked."""
     sigmas = _bounded(sigmas, MAX_SIGMA.get(process, math.inf), _rounding(sigmas))
@@ -389,13 +413,24 @@ def _build_by_torch(
             f"start it below, with sigmas[0] < 1, or use another noise_scaler"
         )
     weights = _weights(
-        sigmas, alphas, er_lambdas, repeated, orders, noise_scaler, method, node_scale, integration_points, s_noise, eta
+        sigmas,
+        alphas,
+        er_lambdas,
+        repeated,
+        orders,
+        noise_scaler,
+        method,
+        node_scale,
+        integration_points,
+        s_noise,
+        eta,
+        guidance,
     )
     table = torch.cat([weights, _behind(sigmas[:-1], alphas[:-1], first_step)], dim=1)
     draws = bool((weights[:, -1] != 0).any())
     return Plan(
         sigmas, alphas, er_lambdas, table, draws, orders, process, noise_scaler, method, node_scale, integration_points, s_noise,
-        eta, first_step,
+        eta, guidance, first_step,
     )  # fmt: skip
 
 
@@ -423,7 +458,7 @@ def _behind(sigma: Tensor, alpha: Tensor, first_step: int) -> Tensor:
 
 
 def _build_by_kernel(
-    sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, eta, first_step
+    sigmas, alphas, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, eta, guidance, first_step
 ) -> Plan:
     """The plan of a named scaler, where sigmas lie, by csrc/er_sde_plan.h: nothing waits for a device, and a step that cannot be
     is a row of NaN."""
@@ -431,23 +466,28 @@ def _build_by_kernel(
     by_step = None if alike else torch.tensor(orders, dtype=torch.int32, device=CPU).to(sigmas.device, non_blocking=True)
     table, schedule = _C.plan(
         sigmas, alphas, 0 if process is None else 1 + list(PROCESSES).index(process), max(orders), by_step,
-        noise_scaler.form, strength, list(MAX_ORDER).index(method), node_scale, integration_points or 0, s_noise, first_step,
+        noise_scaler.form, strength, list(MAX_ORDER).index(method), node_scale, integration_points or 0, s_noise, guidance, first_step,
     )  # fmt: skip
     if sigmas.device == CPU:
         draws = bool((table[:, max(orders) + 1] != 0).any())
     else:
         draws = s_noise != 0 and strength != 0
     return Plan(
-        *schedule, table, draws, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, eta, first_step
-    )
+        *schedule, table, draws, orders, process, noise_scaler, method, node_scale, integration_points, s_noise, eta, guidance,
+        first_step,
+    )  # fmt: skip
 
 
 def _weights(
-    sigmas, alphas, er_lambdas, repeated, orders, noise_scaler, method, node_scale, integration_points, s_noise, eta
+    sigmas, alphas, er_lambdas, repeated, orders, noise_scaler, method, node_scale, integration_points, s_noise, eta, guidance
 ) -> Tensor:
     """The table [num_steps, order + 2], and the check of its invariants."""
     order = max(orders)
     l_s, l_t = er_lambdas[:-1], er_lambdas[1:]
+    if guidance is None:
+        orders, node_scales = torch.tensor(orders, device=CPU), torch.full_like(l_s, node_scale)
+    else:
+        orders, node_scales = chosen(l_s, l_t, guidance)
     weights = torch.zeros(len(l_s), order + 2, dtype=torch.float64, device=CPU)
 
     still = repeated | (l_s == l_t)
@@ -476,16 +516,16 @@ def _weights(
     total = -alpha_t * torch.expm1(log_rho - distance)
     weights[steps, 1] = total
 
-    uses = _distinct_nodes(er_lambdas, still, orders, node_scale)[steps]
+    uses = _distinct_nodes(er_lambdas, still, orders, node_scales)[steps]
     for n in range(2, order + 1):
         rows = (uses.sum(1) == n).nonzero()[:, 0]
         if len(rows) == 0:
             continue
         slots = torch.argsort((~uses[rows]).to(torch.uint8), dim=1, stable=True)[:, :n]
-        nodes = er_lambdas[steps[rows, None] - slots]
-        panel = _panels(l_s[rows], l_t[rows], growth, node_scale, integration_points)
+        nodes, scales = er_lambdas[steps[rows, None] - slots], node_scales[steps[rows]]
+        panel = _panels(l_s[rows], l_t[rows], growth, scales, integration_points)
         rule = _newton if method == "newton" else _taylor
-        weights[steps[rows, None], 1 + slots] += alpha_t[rows, None] * rule(panel, nodes, node_scale)
+        weights[steps[rows, None], 1 + slots] += alpha_t[rows, None] * rule(panel, nodes, scales)
 
     w_d = weights[steps, 1:-1]
     exact = (w_d.sum(1) - total).abs() <= 1e-10 * w_d.abs().sum(1)
@@ -504,19 +544,17 @@ def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a < 2 * b, torch.log1p((a - b) / b), torch.log(a) - torch.log(b))
 
 
-def _distinct_nodes(er_lambdas: Tensor, still: Tensor, orders: tuple[int, ...], node_scale: float) -> Tensor:
+def _distinct_nodes(er_lambdas: Tensor, still: Tensor, orders: Tensor, node_scales: Tensor) -> Tensor:
     """Which of the order newest predictions each step interpolates, [num_steps, order] of bool.
 
     Of repeated nodes only the newest counts; a node at infinity counts only where node_scale makes it an ordinary one.
     """
-    num_steps, order = len(orders), max(orders)
+    num_steps, order = len(orders), int(orders.max())
     step, slot = torch.arange(num_steps, device=CPU)[:, None], torch.arange(order, device=CPU)
     node = (step - slot).clamp(min=0)
-    usable = (slot <= step) & (slot < torch.tensor(orders, device=CPU)[:, None])
+    usable = (slot <= step) & (slot < orders[:, None])
     usable &= (slot == 0) | ~still[node]
-    if math.isinf(node_scale):
-        usable &= (slot == 0) | torch.isfinite(er_lambdas[node])
-    return usable
+    return usable & ((slot == 0) | torch.isfinite(er_lambdas[node]) | torch.isfinite(node_scales)[:, None])
 
 
 class _Panels(NamedTuple):
@@ -534,14 +572,12 @@ class _Panels(NamedTuple):
         return torch.zeros(self.num_rows, dtype=torch.float64, device=CPU).index_add_(0, self.row, (self.w * f).sum(1))
 
 
-def _panels(l_s: Tensor, l_t: Tensor, growth: Callable, node_scale: float, points: int | None) -> _Panels:
+def _panels(l_s: Tensor, l_t: Tensor, growth: Callable, node_scale: Tensor, points: int | None) -> _Panels:
     if points is not None:
         # Existing samplers sum only the 1/phi part, from the left; the part without it they integrate exactly. Their rule
         # is kept as it is: the weight of the exact part is carried by two nodes that integrate linear functions.
         return _riemann_panels(l_s, l_t, growth, points)
-    reach = distance = _log_ratio(l_s, l_t)
-    if math.isfinite(node_scale):
-        reach = torch.minimum(distance, math.log(1e17) + torch.log(l_t.clamp(min=node_scale)) - torch.log(l_t))
+    reach = torch.minimum(_log_ratio(l_s, l_t), math.log(1e17) + torch.log(torch.maximum(l_t, node_scale)) - torch.log(l_t))
     count = torch.ceil(reach / 2).clamp(min=1).long()
     row, index = (torch.arange(int(count.max()), device=CPU) < count[:, None]).nonzero(as_tuple=True)
     width = (reach / count)[row, None]
@@ -563,7 +599,7 @@ def _riemann_panels(l_s: Tensor, l_t: Tensor, growth: Callable, points: int) -> 
     )
 
 
-def _taylor(panels: _Panels, nodes: Tensor, node_scale: float) -> Tensor:
+def _taylor(panels: _Panels, nodes: Tensor, node_scale: Tensor) -> Tensor:
     """The paper's rule, less the order-1 term: one-sided differences of the history in a Taylor expansion about l_s."""
     l_s = nodes[:, 0]
     c_1 = -panels.integrate(torch.ones_like(panels.l))
@@ -577,11 +613,12 @@ def _taylor(panels: _Panels, nodes: Tensor, node_scale: float) -> Tensor:
     return torch.stack([k + e / g_1, -(k + e * (1 / g_1 + 1 / g_2)), e / g_2], dim=1)
 
 
-def _newton(panels: _Panels, nodes: Tensor, node_scale: float) -> Tensor:
+def _newton(panels: _Panels, nodes: Tensor, node_scale: Tensor) -> Tensor:
     """Less the order-1 term: -integral of (1 - phi_t / phi) dL_j(u(l)) for every Lagrange basis polynomial L_j on the nodes."""
     n = nodes.shape[1]
-    from_node = [_u_difference(panels.l, nodes[panels.row, k, None], node_scale) for k in range(n)]
-    du_dl = (1 + panels.l / node_scale) ** -2
+    scale = node_scale[panels.row, None]
+    from_node = [_u_difference(panels.l, nodes[panels.row, k, None], scale) for k in range(n)]
+    du_dl = (1 + panels.l / scale) ** -2
     columns = []
     for j in range(n):
         others = [k for k in range(n) if k != j]
@@ -591,10 +628,8 @@ def _newton(panels: _Panels, nodes: Tensor, node_scale: float) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def _u_difference(a: Tensor, b: Tensor, node_scale: float) -> Tensor:
+def _u_difference(a: Tensor, b: Tensor, node_scale: Tensor) -> Tensor:
     """u(a) - u(b) for u(l) = l / (1 + l / node_scale), without cancellation; a or b may be infinite if node_scale is not."""
-    if math.isinf(node_scale):
-        return a - b
     difference = (a - b) / ((1 + a / node_scale) * (1 + b / node_scale))
     difference = torch.where(torch.isinf(a), node_scale / (1 + b / node_scale), difference)
     return torch.where(torch.isinf(b), -node_scale / (1 + a / node_scale), difference)

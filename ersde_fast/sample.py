@@ -22,13 +22,14 @@ def sample_er_sde(
     s_noise: float = 1.0,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
     noise_scaler=None,
-    max_stage: int = 3,
+    max_stage: int | None = None,
     *,
     process: str = "ve",
     method: str | None = None,
     node_scale: float | None = None,
     integration_points: int | None = None,
     eta: float = 1.0,
+    guidance: float | None = None,
     generator: torch.Generator | None = None,
     seed=None,
 ) -> Tensor:
@@ -45,8 +46,10 @@ def sample_er_sde(
         noise_sampler: `noise_sampler(sigma, sigma_next)` to standard normal noise of the shape of x; called after the
             model, and only for steps that add noise.
         noise_scaler: None is "sde_5", the paper's.
-        max_stage: the order.
+        max_stage: the order; see `er_sde_plan`.
         process, method, node_scale, integration_points, eta: see `er_sde_plan`.
+        guidance: the scale at which the model guides itself, 1 for none: order and node_scale are chosen for it, where neither
+            they nor a method are named; see `er_sde_plan`.
         generator, seed: torch's stream or the portable stream for the noise; see `fast_step`.
 
     Returns:
@@ -63,6 +66,7 @@ def sample_er_sde(
         integration_points=integration_points,
         s_noise=s_noise,
         eta=eta,
+        guidance=guidance,
     )
     return sample_plan(plan, model, x, extra_args, callback, disable, noise_sampler, generator, seed)
 

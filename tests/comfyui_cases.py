@@ -87,17 +87,18 @@ def sample(kind, sampler, steps=20, seed=11, batch=2, model=None, **kwargs):
     model = model or tiny_model(kind)
     latent = kwargs.pop("latent_image", torch.zeros(batch, 4, 8, 8))
     noise = comfy.sample.prepare_noise(latent, seed, kwargs.pop("noise_inds", None))
+    cfg = kwargs.pop("cfg", 1.0)
     scheduler = "karras" if kind in ("EPS", "V_PREDICTION") else "simple"
     conds = [[[torch.zeros(1, 7, 8), {}]]] * 2
     if isinstance(sampler, str):
         return comfy.sample.sample(
-            model, noise, steps, 1.0, sampler, scheduler, *conds, latent, disable_pbar=True, seed=seed, **kwargs
+            model, noise, steps, cfg, sampler, scheduler, *conds, latent, disable_pbar=True, seed=seed, **kwargs
         )
     sigmas = kwargs.pop("sigmas", None)
     if sigmas is None:
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
     return comfy.sample.sample_custom(
-        model, noise, 1.0, sampler, sigmas, *conds, latent, disable_pbar=True, seed=seed, **kwargs
+        model, noise, cfg, sampler, sigmas, *conds, latent, disable_pbar=True, seed=seed, **kwargs
     )
 
 
@@ -111,6 +112,14 @@ def test_it_is_in_the_lists_and_the_built_in_is_untouched():
     assert sampling.sample_er_sde is BUILT_IN
     result = sample("EPS", "er_sde_fast")
     assert result.isfinite().all() and torch.equal(result, sample("EPS", ours()))
+
+
+@pytest.mark.parametrize("name", ["er_sde_fast", None])
+def test_the_models_cfg_chooses_the_order(name):
+    """Strong guidance gives other weights than weak guidance; a method named gives the same."""
+    latent = {cfg: sample("EPS", name or ours(), cfg=cfg) for cfg in (1.5, 7.0)}
+    named = {cfg: sample("EPS", ours(method="newton"), cfg=cfg) for cfg in (1.5, 7.0)}
+    assert torch.equal(latent[1.5], named[1.5]) and not torch.equal(latent[7.0], named[7.0])
 
 
 def built_in(solver_type, order, eta, s_noise=1.0):

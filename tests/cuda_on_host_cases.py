@@ -129,7 +129,7 @@ def test_plans(eta):
     )
     with mock.patch.object(ersde_fast.plan, "_C", cuda_on_host):
         by_kernel = ersde_fast.plan._build_by_kernel(
-            plan.sigmas, None, plan.orders, "flow", plan.noise_scaler, "newton", 5.0, None, 1.0, eta, 0
+            plan.sigmas, None, plan.orders, "flow", plan.noise_scaler, "newton", 5.0, None, 1.0, eta, None, 0
         )
     torch.testing.assert_close(by_kernel.table, plan.table, rtol=1e-13, atol=1e-13)
 

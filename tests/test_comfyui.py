@@ -1,6 +1,7 @@
 """The custom nodes of ComfyUI: ComfyUI itself where COMFYUI_CHECKOUT names a checkout, and its recorded runs always."""
 
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -126,9 +127,27 @@ def test_portable_noise_without_a_seed_of_its_own_is_refused(comfyui, extra_args
 def test_settings_that_exclude_each_other(comfyui):
     node, fixed = (
         comfyui.SamplerERSDEFast(),
-        {"eta": 1.0, "s_noise": 1.0, "method": "newton", "node_scale": 10.0, "solver_type": "ER-SDE"},
+        {"eta": 1.0, "s_noise": 1.0, "method": "by cfg", "node_scale": 10.0, "solver_type": "ER-SDE"},
     )
     with pytest.raises(ValueError, match="compatible needs order 1 to 3"):
         node.get_sampler(order=4, noise=comfyui.TORCH, compatible=True, **fixed)
     with pytest.raises(ValueError, match="compatible needs ComfyUI's"):
         node.get_sampler(order=3, noise=comfyui.PORTABLE, compatible=True, **fixed)
+    for named in ({"order": 2}, {"order": 3, "node_scale": 20.0}):
+        with pytest.raises(ValueError, match='method "by cfg" chooses order and node_scale: leave them at 3 and 10'):
+            node.get_sampler(**{**fixed, "noise": comfyui.TORCH, "compatible": False, **named})
+
+
+@pytest.mark.parametrize(
+    "guider, guidance",
+    [
+        ({"cfg": 7.0}, 7.0),
+        ({"cfg": 1.0}, None),
+        ({"cfg": 1.0, "cfg1": 4.0, "cfg2": 6}, 6.0),
+        ({}, None),
+        ({"cfg": math.inf}, None),
+    ],
+)
+def test_the_guider_tells_its_guidance(comfyui, guider, guidance):
+    """Not 1, which networks are sampled at that have guidance distilled into them."""
+    assert comfyui.guidance_of(types.SimpleNamespace(**guider)) == guidance

@@ -353,11 +353,13 @@ def test_nearer_levels_than_rounding_parts_are_levels():
 
 
 def test_defaults():
-    """Nothing named: newton in a variable that saturates; a method or its points named: the contract of that method."""
-    default = er_sde_plan([9, 7, 5, 3, 2])
+    """An order alone named: newton in a variable that saturates; a method or its points named: the contract of that method."""
+    default = er_sde_plan([9, 7, 5, 3, 2], order=3)
     assert (default.method, default.node_scale, default.order, default.noise_scaler.name) == ("newton", 10.0, 3, "sde_5")
     named = er_sde_plan([9, 7, 5, 3, 2], method="newton", node_scale=10.0)
     assert torch.equal(default.weights, named.weights)
+    nothing = er_sde_plan([9, 7, 5, 3, 2])
+    assert (nothing.method, nothing.node_scale, nothing.order, nothing.noise_scaler.name) == ("newton", None, 3, "sde_5")
     for options in ({"method": "newton"}, {"method": "taylor"}, {"integration_points": 7}):
         plan = er_sde_plan([9, 7, 5, 3, 2], **options)
         assert (plan.method, plan.node_scale) == (options.get("method", "taylor"), math.inf)

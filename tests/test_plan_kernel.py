@@ -20,14 +20,16 @@ SCHEDULES = {
 }
 RULES = [("taylor", n, {}) for n in (1, 2, 3)] + [("taylor", 3, dict(integration_points=200))]
 RULES += [("newton", n, dict(node_scale=scale)) for n in (2, 3, 4, 5) for scale in (math.inf, 5.0)]
+CHOSEN = [("newton", 3, dict(node_scale=None, guidance=guidance)) for guidance in (0.0, 1.0, 2.0, 7.5)]
 
 
 def both(
-    sigmas, process, order, scaler="sde_5", method="taylor", node_scale=math.inf, integration_points=None, alphas=None, eta=1.0
-):
+    sigmas, process, order, scaler="sde_5", method="taylor", node_scale=math.inf, integration_points=None, alphas=None, eta=1.0,
+    guidance=None,
+):  # fmt: skip
     """The plan by the kernel, where sigmas lie, and by the general code on the host."""
     orders = order if isinstance(order, tuple) else (order,) * (len(sigmas) - 1)
-    options = (orders, process, get_noise_scaler(scaler), method, node_scale, integration_points, 0.7, eta, 3)
+    options = (orders, process, get_noise_scaler(scaler), method, node_scale, integration_points, 0.7, eta, guidance, 3)
     host = _build_by_torch(sigmas.cpu().double(), None if alphas is None else alphas.cpu().double(), *options)
     return _build_by_kernel(sigmas, alphas, *options), host
 
@@ -46,7 +48,7 @@ def assert_same_plan(plan, host):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_kernels_table_is_the_hosts(schedule, scaler):
     process, sigmas = SCHEDULES[schedule]
-    for method, order, options in RULES:
+    for method, order, options in RULES + CHOSEN:
         if scaler == "sde_4" and (sigmas[0] > 1022 or process == "flow"):
             continue
         for eta in (0.0, 0.3, 1.0):
@@ -62,7 +64,7 @@ def test_the_kernel_takes_alphas_and_an_order_for_each_step():
 @pytest.mark.parametrize("scaler, eta", [("sde_5", 0.0), ("sde_5", 0.3), ("ode", 1.0), ("reverse_time_sde(0.5)", 2.0)])
 @pytest.mark.parametrize("s_noise", [0.0, 1.0])
 def test_whether_a_plan_on_a_device_draws_is_known_without_looking(monkeypatch, scaler, eta, s_noise):
-    options = ((1, 1), "ve", get_noise_scaler(scaler), "taylor", math.inf, None, s_noise, eta, 0)
+    options = ((1, 1), "ve", get_noise_scaler(scaler), "taylor", math.inf, None, s_noise, eta, None, 0)
     host = _build_by_torch(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), None, *options)
     monkeypatch.setattr(ersde_fast.plan, "CPU", torch.device("meta"))  # any other than that of sigmas
     assert _build_by_kernel(host.sigmas, None, *options).draws == host.draws
@@ -74,7 +76,7 @@ def test_a_number_that_names_nothing_is_refused(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name} must be 0 to"):
         ersde_fast.plan._C.plan(
-            torch.ones(3), None, numbers["process"], 1, None, numbers["scaler"], 1.0, numbers["method"], 5.0, 0, 1.0, 0
+            torch.ones(3), None, numbers["process"], 1, None, numbers["scaler"], 1.0, numbers["method"], 5.0, 0, 1.0, None, 0
         )
 
 
@@ -96,7 +98,7 @@ def test_a_number_that_names_nothing_is_refused(wrong):
 def test_what_the_host_refuses_is_nan_and_check_says_why(sigmas, process, scaler, rows, message):
     sigmas, n = torch.tensor(sigmas, dtype=torch.float64), len(sigmas) - 1
     plan = _build_by_kernel(
-        sigmas, None, (1,) * n, process, get_noise_scaler(scaler), "taylor", math.inf, None, 1.0, 1.0, 0
+        sigmas, None, (1,) * n, process, get_noise_scaler(scaler), "taylor", math.inf, None, 1.0, 1.0, None, 0
     )  # fmt: skip
     assert plan.weights.isnan().all(1).nonzero().flatten().tolist() == rows
     assert not plan.table[:, -1].isnan().any()
@@ -107,6 +109,7 @@ def test_what_the_host_refuses_is_nan_and_check_says_why(sigmas, process, scaler
 def test_check_is_silent_about_a_plan_that_fits():
     er_sde_plan([5, 4, 3, 0], order=[1, 2, 3], noise_scaler=lambda l: l**1.5).check()
     er_sde_plan([0.9, 0.5], [0.1, 0.5], method="newton", node_scale=3.0).check()
+    er_sde_plan([5, 4, 3, 0], guidance=5.0).check()
 
 
 @pytest.mark.gpu
@@ -125,5 +128,9 @@ def test_a_plan_is_built_where_its_sigmas_lie(schedule):
         host = er_sde_plan(sigmas, process=process, order=order, method=method, **options)
         assert_same_plan(plan, host)
         assert plan.draws == host.draws
+    for guidance in (None, 1.0, 7.5):
+        assert_same_plan(
+            er_sde_plan(on_device, process=process, guidance=guidance), er_sde_plan(sigmas, process=process, guidance=guidance)
+        )
     with pytest.raises(ValueError, match="sigmas must not rise"):
         er_sde_plan(on_device.flip(0), process=process).check()

@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("ersde_fast.integrations.comfyui is a custom node package: it is imported by ComfyUI alone") from error
 
-from ersde_fast.plan import NODE_SCALE
+from ersde_fast.choice import NODE_SCALE, ORDER
 from ersde_fast.sample import sample_er_sde
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
@@ -25,6 +25,7 @@ NAME = "er_sde_fast"
 OFFSET = 1e-4  # how far the built-in sampler moves the start of a flow off sigma 1, as a share of the run
 SOLVERS = {"ER-SDE": "sde_5", "Reverse-time SDE": "sde", "ODE": "ode"}
 TORCH, PORTABLE = "ComfyUI's (torch)", "portable"
+BY_GUIDANCE = "by cfg"
 SEARCHED = 256  # images of a batch whose numbers are found
 
 
@@ -39,7 +40,7 @@ def sample_er_sde_fast(
     s_noise: float = 1.0,
     noise_sampler=None,
     noise_scaler=None,
-    max_stage: int = 3,
+    max_stage: int | None = None,
     method: str | None = None,
     node_scale: float | None = None,
     eta: float = 1.0,
@@ -50,7 +51,8 @@ def sample_er_sde_fast(
 
     Args:
         model, x, sigmas, extra_args, callback, disable, s_noise, noise_sampler: ComfyUI's.
-        noise_scaler, max_stage, method, node_scale, eta: see `ersde_fast.er_sde_plan`.
+        noise_scaler, max_stage, method, node_scale, eta: see `ersde_fast.er_sde_plan`. Where none of order, method and node_scale
+            is named, the model's cfg chooses them.
         portable: draws the portable stream at the run's seed and the image's number in its batch, the same bits on every
             machine; else the noise is what torch draws at the seed at which ComfyUI's own samplers draw theirs.
         compatible: the built-in er_sde again, to float32 rounding: its sums of 200 points and its start of flows off sigma 1.
@@ -71,11 +73,20 @@ def sample_er_sde_fast(
     elif seed is not None:
         seed += x.device.type == "cpu"  # ComfyUI's latents come from the CPU's generator at the seed itself
         source = {"generator": torch.Generator(x.device).manual_seed(seed % 2**64)}
+    named = compatible or any(value is not None for value in (max_stage, method, node_scale))
     return sample_er_sde(
         model, x, sigmas, extra_args, callback, disable, s_noise * getattr(model_sampling, "noise_scale", 1.0),
         noise_scaler=noise_scaler, max_stage=max_stage, process="flow" if flow else "ve", method=method, node_scale=node_scale,
-        integration_points=200 if compatible else None, eta=eta, **source,
+        integration_points=200 if compatible else None, eta=eta, guidance=None if named else guidance_of(model.inner_model),
+        **source,
     )  # fmt: skip
+
+
+def guidance_of(guider) -> float | None:
+    """The largest scale of a guider's guidance. None where it has none: the network may have guidance distilled into it."""
+    scales = (getattr(guider, name, None) for name in ("cfg", "cfg1", "cfg2"))
+    largest = max((float(scale) for scale in scales if isinstance(scale, (int, float))), default=1.0)
+    return largest if largest > 1 and math.isfinite(largest) else None
 
 
 def image_numbers(noise: Tensor | None, seed: int, batch: int) -> list[int]:
@@ -123,7 +134,7 @@ class SamplerERSDEFast:
         return {
             "required": {
                 "solver_type": (list(SOLVERS),),
-                "order": ("INT", {"default": 3, "min": 1, "max": 5, "tooltip": "newton goes to 5, taylor to 3"}),
+                "order": ("INT", {"default": ORDER, "min": 1, "max": 5, "tooltip": "newton goes to 5, taylor to 3"}),
                 "eta": (
                     "FLOAT",
                     {
@@ -136,7 +147,13 @@ class SamplerERSDEFast:
                     },
                 ),
                 "s_noise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.01, "round": False}),
-                "method": (["newton", "taylor"], {"tooltip": "the order's full accuracy, or the paper's rule"}),
+                "method": (
+                    [BY_GUIDANCE, "newton", "taylor"],
+                    {
+                        "tooltip": "order and node_scale chosen for the model's cfg, or what the order and node_scale here say, to the "
+                        "order's full accuracy (newton) or by the paper's rule (taylor)"
+                    },
+                ),
                 "node_scale": (
                     "FLOAT",
                     {
@@ -172,7 +189,14 @@ class SamplerERSDEFast:
             raise ValueError(f"compatible needs order 1 to 3, which the built-in er_sde has, got {order}")
         options = {"s_noise": s_noise, "noise_scaler": SOLVERS[solver_type], "max_stage": order, "eta": eta}
         options |= {"portable": noise == PORTABLE, "compatible": compatible}
-        if not compatible:
+        if method == BY_GUIDANCE and not compatible:
+            if (order, node_scale) != (ORDER, NODE_SCALE):
+                raise ValueError(
+                    f'method "{BY_GUIDANCE}" chooses order and node_scale: leave them at {ORDER} and {NODE_SCALE:g}, got {order} '
+                    f'and {node_scale:g}, or set method to "newton"'
+                )
+            del options["max_stage"]
+        elif not compatible:
             options |= {"method": method, "node_scale": (node_scale or math.inf) if method == "newton" else None}
         return (comfy.samplers.KSAMPLER(sample_er_sde_fast, options),)
 

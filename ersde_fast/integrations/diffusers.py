@@ -17,6 +17,7 @@ except ImportError as error:
     raise ImportError('ERSDEScheduler needs diffusers: pip install "ersde-fast[diffusers]"') from error
 
 from ..arguments import NUMBER_OF_TYPE, check_step
+from ..choice import ORDER
 from ..plan import Plan, er_sde_plan
 from ..reference import linear_combination, prediction
 from ..step import fast_step
@@ -63,9 +64,12 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: rescales the betas to zero terminal SNR (arXiv 2305.08891).
         snr_shift_scale: divides the signal-to-noise ratio of every level (CogVideoX).
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction", which makes the schedule a flow: alpha = 1 - sigma.
-        solver_order: 1 to 5 ("newton") or 1 to 3 ("taylor").
+        solver_order: 1 to 5 ("newton") or 1 to 3 ("taylor"); None is 3, or what guidance_scale chooses.
         noise_scaler, method, node_scale, integration_points, s_noise, eta: see `ersde_fast.er_sde_plan`.
             With a stochastic noise_scaler a flow run from sigma 1 forgets its initial latent except through the first prediction.
+        guidance_scale: the pipeline's, 1 for none, which it does not tell its scheduler: order and node_scale are chosen for it
+            where none of solver_order, method, node_scale, integration_points and lower_order_final is set; see `guidance` of
+            `ersde_fast.er_sde_plan`.
         lower_order_final: order 2 before the last step (which has order 1 where the schedule ends at 0).
         seed: the noise of runs without a generator: Flux, SD3, Z-Image, Qwen and Wan pass none to `step`. A number, or one
             for each sample of the batch: the portable stream, the same bits on every machine and in every run. None takes
@@ -112,13 +116,14 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         snr_shift_scale: float | None = None,
         prediction_type: str = "epsilon",
-        solver_order: int = 3,
+        solver_order: int | None = None,
         noise_scaler: str = "sde_5",
         method: str | None = None,
         node_scale: float | None = None,
         integration_points: int | None = None,
         s_noise: float = 1.0,
         eta: float = 1.0,
+        guidance_scale: float | None = None,
         lower_order_final: bool = False,
         seed: int | list[int] | None = None,
         thresholding: bool = False,
@@ -200,6 +205,13 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
     def _read_config(self):
         """What makes the levels of the config, which is checked, and the attributes of its training schedule."""
         config = self.config
+        choosing = ("solver_order", "method", "node_scale", "integration_points")
+        named = [key for key in choosing if config[key] is not None] + ["lower_order_final"] * bool(config.lower_order_final)
+        if config.guidance_scale is not None and named:
+            raise ValueError(
+                f"guidance_scale={config.guidance_scale!r} chooses the order of each step, which {', '.join(named)} names too: "
+                f"leave out one or the other"
+            )
         for key, known in CHOICES.items():
             if config[key] not in known:
                 raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
@@ -335,11 +347,12 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         num_steps = len(levels) - 1
         order = config.solver_order
         if config.lower_order_final:
-            order = [min(order, num_steps - i) for i in range(num_steps)]
+            order = [min(ORDER if order is None else order, num_steps - i) for i in range(num_steps)]
         alphas, sigmas = self._alphas_sigmas(levels)
         return er_sde_plan(
             sigmas, alphas, order=order, noise_scaler=config.noise_scaler, method=config.method,
             node_scale=config.node_scale, integration_points=config.integration_points, s_noise=config.s_noise, eta=config.eta,
+            guidance=config.guidance_scale,
         )  # fmt: skip
 
     def _alphas_sigmas(self, levels: Tensor) -> tuple[Tensor, Tensor]:

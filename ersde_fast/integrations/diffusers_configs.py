@@ -78,7 +78,8 @@ REFUSED = {
     "RFD4ProteinaScheduler": "rescales the score as it samples",
 }
 
-OWN = ("noise_scaler", "method", "node_scale", "integration_points", "s_noise", "eta", "seed")  # that the others do not have
+# Keys that the others do not have.
+OWN = ("noise_scaler", "method", "node_scale", "integration_points", "s_noise", "eta", "guidance_scale", "seed")
 OF_SOLVERS = ("solver_order", "lower_order_final", "s_noise", "eta")  # read where they are not their class's default
 WRITTEN_LATER = ("sigma_min", "sigma_max", "sigma_data", "final_sigmas_type")  # by Cosmos Predict2's pipeline, into any config
 ANOTHER_NAME = {"noise_sampler_seed": "seed"}

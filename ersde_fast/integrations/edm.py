@@ -49,12 +49,13 @@ def er_sde_sampler(
     rho: float = 7.0,
     *,
     seed=None,
-    max_stage: int = 3,
+    max_stage: int | None = None,
     noise_scaler=None,
     method: str | None = None,
     node_scale: float | None = None,
     s_noise: float = 1.0,
     eta: float = 1.0,
+    guidance: float | None = None,
 ) -> Tensor:
     """In the place of EDM's `edm_sampler`, with its arguments.
 
@@ -66,15 +67,18 @@ def er_sde_sampler(
         seed: the portable stream for the steps' noise, see `ersde_fast.fast_step`.
         num_steps: evaluations of the network.
         max_stage, noise_scaler, method, node_scale, s_noise, eta: see `ersde_fast.sample_er_sde`.
+        guidance: see there; where nothing is named None is 1, since EDM's networks are sampled without guidance.
 
     Returns:
         [batch, channels, height, width] the images.
     """
     sigmas = karras_sigmas(num_steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho, net.round_sigma)
+    if guidance is None and max_stage is None and method is None and node_scale is None:
+        guidance = 1.0
     return sample_er_sde(
         lambda x, sigma: net(x, sigma, class_labels), sigmas[0].item() * latents, sigmas, disable=True, s_noise=s_noise,
         noise_sampler=None if randn_like is None else lambda sigma, sigma_next: randn_like(latents), noise_scaler=noise_scaler,
-        max_stage=max_stage, method=method, node_scale=node_scale, eta=eta, seed=seed,
+        max_stage=max_stage, method=method, node_scale=node_scale, eta=eta, guidance=guidance, seed=seed,
     )  # fmt: skip
 
 
@@ -184,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sigma_min", type=float, default=0.002)
     parser.add_argument("--sigma_max", type=float, default=80.0)
     parser.add_argument("--rho", type=float, default=7.0)
-    parser.add_argument("--order", type=int, default=3)
+    parser.add_argument("--order", type=int)
     parser.add_argument("--noise_scaler", default="sde_5")
     parser.add_argument("--eta", type=float, default=1.0, help="strength of the noise scaler (default 1)")
     parser.add_argument("--method", choices=["newton", "taylor"])
