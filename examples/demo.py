@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import ersde_fast
-from digits_unet import DigitsUNet, load_digits_unet
+from digits_unet import load_digits_unet
 from ersde_fast.integrations.edm import karras_sigmas
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,8 +92,8 @@ def main():
 
     net = load_digits_unet()
     plan = ersde_fast.er_sde_plan(karras_sigmas(20), order=3)
-    classes = torch.arange(DigitsUNet.label_dim)
-    labels = torch.nn.functional.one_hot(classes.repeat_interleave(10), DigitsUNet.label_dim).float()
+    classes = torch.arange(net.label_dim)
+    labels = torch.nn.functional.one_hot(classes.repeat_interleave(10), net.label_dim).float()
     digits, steps, times = sample(net, plan, labels, args.seed)
 
     image(list(digits.split(10))).save(args.out / "digits.png")
