@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ersde_fast import distributed, er_sde_plan, fast_step, portable_noise
 
-PLAN = er_sde_plan([10, 6, 3, 1.5, 0.7, 0.3, 0])
+PLAN = er_sde_plan([10, 6, 3, 1.5, 0.7, 0.3, 0], order=3)
 SHAPE = (3, 5)
 
 

@@ -46,7 +46,7 @@ LEVELS = [9.0, 6.5, 4.2, 2.1, 0.7, 0.1, 0.0]
 SIGMAS = torch.tensor(LEVELS, dtype=torch.float64)
 FLOW = [1.0, 0.85, 0.6, 0.35, 0.1, 0.0]
 ALPHAS, NOISE_LEVELS = (1 - SIGMAS / 10).sqrt(), (SIGMAS / 10).sqrt()
-PLAN = er_sde_plan(LEVELS)
+PLAN = er_sde_plan(LEVELS, order=3)
 STACK = ersde_fast.stack_plans([PLAN, er_sde_plan(FLOW, process="flow", order=2)])
 X, OUTPUT, *HISTORY = torch.randn(5, 2, 3, 8, generator=torch.Generator().manual_seed(0)).unbind()
 STEP, STEPS = torch.tensor(4), (torch.tensor([0, 1]), torch.tensor([4, 2]))

@@ -11,7 +11,7 @@ from ersde_fast.backends import _C
 from ersde_fast.noise import seed_table, specified_noise
 
 pytestmark = pytest.mark.gpu
-PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0])
+PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["cuda", "triton"]
 

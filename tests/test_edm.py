@@ -50,7 +50,9 @@ def test_sampler_keeps_within_the_networks_levels():
     latents = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     result = edm.er_sde_sampler(Gaussian(), latents, labels(1, 2), num_steps=8, seed=5)
     sigmas = edm.karras_sigmas(8, 0.01, 50.0)
-    expected = sample_er_sde(lambda x, s: Gaussian()(x, s, labels(1, 2)), 50 * latents, sigmas, disable=True, seed=5)
+    expected = sample_er_sde(
+        lambda x, s: Gaussian()(x, s, labels(1, 2)), 50 * latents, sigmas, disable=True, seed=5, guidance=1
+    )
     assert torch.equal(result, expected)
     ones = edm.er_sde_sampler(Gaussian(), latents, labels(1, 2), randn_like=torch.ones_like, num_steps=8)
     assert not torch.equal(ones, expected) and ones.isfinite().all()

@@ -14,7 +14,7 @@ import torch
 from ersde_fast import er_sde_plan, fast_step, portable_noise, step_log_prob
 
 CALLS = int(os.environ.get("ERSDE_FAST_CALLS", 50_000))  # 1000000: the long form
-PLAN = er_sde_plan([9, 7, 5, 3, 2, 1, 0.5])
+PLAN = er_sde_plan([9, 7, 5, 3, 2, 1, 0.5], order=3)
 
 
 def run(seed: int, shape=(2, 3, 40), generator=None) -> torch.Tensor:

@@ -70,7 +70,11 @@ def test_from_a_models_output(dtype, other, order, shape, kind, scale):
 @given(st.data(), st.booleans())
 def test_samples_at_their_own_steps_of_their_own_plans(data, predicts):
     """Rows, counters and history lengths from memory: the noise's bits, and what a sample does not use is not read."""
-    plans = [er_sde_plan([9, 8, 6.5, 5, 4, 3]), er_sde_plan([3, 2, 1, 0], order=2), er_sde_plan([3, 2, 1], noise_scaler="ode")]
+    plans = [
+        er_sde_plan([9, 8, 6.5, 5, 4, 3], order=3),
+        er_sde_plan([3, 2, 1, 0], order=2),
+        er_sde_plan([3, 2, 1], noise_scaler="ode"),
+    ]
     x, *history = torch.randn(4, 3, 41)
     which = [data.draw(st.integers(0, 2)) for _ in x]
     steps = [data.draw(st.integers(0, plans[p].num_steps - 1)) for p in which]
@@ -89,7 +93,7 @@ def test_samples_at_their_own_steps_of_their_own_plans(data, predicts):
 
 
 def test_a_step_that_does_not_exist_or_was_not_given_its_history_makes_nan():
-    table = er_sde_plan([9, 8, 6.5, 5, 4, 3]).table
+    table = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=3).table
     x, *history = torch.randn(4, 2, 9)
     for step, held in [(5, 3), (-1, 3), (4, 2)]:
         result = kernel.step(table, torch.tensor(step), x, history[:held], None, True, None, None, seed_table(5, 2))
@@ -97,7 +101,7 @@ def test_a_step_that_does_not_exist_or_was_not_given_its_history_makes_nan():
 
 
 def test_strides_and_out():
-    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3])
+    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=3)
     x, *history = (torch.randn(2, 3, 5, 4).contiguous(memory_format=torch.channels_last) for _ in range(4))
     expected = fast_step(plan, 4, x, history, seed=5, backend="cpu")
     result = fast_step(plan, 4, x, history, seed=5, backend="triton")
@@ -109,7 +113,7 @@ def test_strides_and_out():
 @pytest.mark.parametrize("size", [4096, 4097, 11_000])
 def test_blocks_one_after_another(size, monkeypatch):
     monkeypatch.setattr(kernel, "LARGE", 0)
-    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3])
+    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=3)
     x, *history = (torch.randn(2, size).half() for _ in range(4))
     expected = fast_step(plan, 4, x, history, seed=5, backend="cpu")
     assert torch.equal(fast_step(plan, 4, x, history, seed=5, backend="triton"), expected)
