@@ -4,16 +4,11 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-
-# `python -m pytest` puts the root on the path, where transformers would take kernels/ for Hugging Face's package of that name.
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = 1 << 24  # elements

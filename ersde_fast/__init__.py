@@ -1,5 +1,12 @@
 """ersde-fast: the ER-SDE sampler's step (arXiv 2309.06169) as one fused kernel, with exact weights."""
 
+from pathlib import Path
+
+# In a checkout kernels/ lies beside this folder. It has no __init__.py, or transformers would take it for Hugging Face's package
+# of that name wherever the checkout is on the path; but editable installations map only folders that have one.
+if (Path(__file__).parents[1] / "kernels" / "er_sde_step.py").exists():
+    __path__.append(str(Path(__file__).parents[1]))
+
 from .backends import available_backends
 from .log_prob import step_log_prob
 from .noise import portable_noise, torch_noise

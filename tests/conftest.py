@@ -1,9 +1,7 @@
 """Shared by the tests: which backends run here, and exact arithmetic to hold them to."""
 
 import os
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -11,9 +9,6 @@ import pytest
 import torch
 
 from ersde_fast.plan import COLUMNS_BEHIND
-
-# `python -m pytest` puts the root on the path, where transformers would take kernels/ for Hugging Face's package of that name.
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parents[1]]
 
 HALF_ULP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}

@@ -1,5 +1,6 @@
 """From the source archive to a wheel: on a machine without a compiler and without a network, and in an isolated build."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -81,6 +82,7 @@ def test_wheel_from_the_source_archive_without_compiler_and_network(tmp_path, so
     modules = {path.relative_to(ROOT) for path in (ROOT / "ersde_fast").rglob("*.py")}
     modules |= {Path("ersde_fast") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
     assert modules <= {path.relative_to(site) for path in site.rglob("*.py")}
+    assert (site / "ersde_fast" / "py.typed").exists()
     here = {"PYTHONPATH": str(site), **nowhere}
     code = STEP.format(site=str(site), path=[path for path in sys.path if path.endswith("-packages")])
     got = float(run("-S", "-c", code, cwd=tmp_path, **here))  # -S: or an editable installation lends its extension
@@ -132,3 +134,12 @@ def test_an_isolated_build_takes_the_torch_of_its_environment(tmp_path, source):
 def test_a_build_without_kernels_where_that_is_asked_for(tmp_path, source):
     build("build_wheel", tmp_path, source, torch_there=False, ERSDE_FAST_PURE="1")
     assert info_of_the_wheel(tmp_path) == ({"cpu": "ersde-fast was built with ERSDE_FAST_PURE=1: reinstall it without"}, None)
+
+
+def test_diffusers_pipelines_import_with_the_root_on_the_path():
+    """Where a kernels/ with an __init__.py would pass for Hugging Face's package of that name."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    code = "import transformers, diffusers; diffusers.StableDiffusionPipeline; transformers.CLIPTextModel"
+    code += "; from ersde_fast.kernels import er_sde_step" if importlib.util.find_spec("triton") else ""
+    run("-c", code, cwd=ROOT)
