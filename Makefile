@@ -44,7 +44,7 @@ test: env $(if $(PYTHON),,lint)
 
 # The CPU kernels and the binding under the sanitizers of addresses and undefined behaviour, then of threads. OpenMP's own threads
 # are not instrumented, so the last sees Python's threads alone; a leak is looked for in test_threads.py.
-SANITIZED := step noise plan plan_kernel reference log_prob sample schedule fuzz threads
+SANITIZED := step noise plan plan_kernel reference log_prob sample schedules fuzz threads
 RUN = PYTHONSAFEPATH=1 PYTHONPATH=build/$@ LD_PRELOAD="$$(g++ -print-file-name=$(1)) $$(g++ -print-file-name=libstdc++.so)" \
 	$(PY) -m pytest --deselect tests/test_threads.py::test_memory_does_not_grow
 

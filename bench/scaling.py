@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from ersde_fast import er_sde_plan, fast_step
 from ersde_fast.distributed import fast_step_dtensor, generate
-from ersde_fast.integrations.edm import class_labels_of, karras_sigmas
+from ersde_fast.integrations.edm import class_labels_of
+from ersde_fast.schedules import karras_sigmas
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from digits_unet import load_digits_unet

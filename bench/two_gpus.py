@@ -21,7 +21,7 @@ from torch.profiler import profile
 
 from ersde_fast import er_sde_plan, fast_step, portable_noise
 from ersde_fast.distributed import fast_step_dtensor, generate, load_samples, portable_noise_dtensor
-from ersde_fast.integrations.edm import karras_sigmas
+from ersde_fast.schedules import karras_sigmas
 
 SHAPE = (1, 16, 21, 90, 160)  # of a video model; 21 frames over two GPUs are 11 and 10
 PLAN = er_sde_plan(karras_sigmas(10))

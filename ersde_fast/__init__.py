@@ -14,7 +14,7 @@ from .noise_scaler import reverse_time_sde
 from .plan import Plan, PlanStack, er_sde_plan, stack_plans
 from .reference import reference_step
 from .sample import sample_er_sde
-from .schedule import place_sigmas
+from .schedules import place_sigmas
 from .step import fast_step
 
 __all__ = [

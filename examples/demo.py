@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import ersde_fast
 from digits_unet import load_digits_unet
-from ersde_fast.integrations.edm import karras_sigmas
+from ersde_fast.schedules import karras_sigmas
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from ersde_fast import er_sde_plan
 from ersde_fast.distributed import generate, load_samples
-from ersde_fast.integrations.edm import class_labels_of, karras_sigmas, parse_seeds, to_pixels
+from ersde_fast.integrations.edm import class_labels_of, parse_seeds, to_pixels
+from ersde_fast.schedules import karras_sigmas
 
 
 def unpickled(path: Path, edm: Path | None):

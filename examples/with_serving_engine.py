@@ -3,7 +3,7 @@
 import torch
 
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans
-from ersde_fast.integrations.edm import karras_sigmas
+from ersde_fast.schedules import karras_sigmas
 
 plans = [er_sde_plan(karras_sigmas(8)), er_sde_plan(karras_sigmas(12), noise_scaler="ode"), er_sde_plan(karras_sigmas(20))]
 stack, shape = stack_plans(plans), (4, 32, 32)

@@ -10,7 +10,7 @@ import torch
 import page
 import study
 from ersde_fast import er_sde_plan, fast_step
-from ersde_fast.integrations.edm import karras_sigmas
+from ersde_fast.schedules import karras_sigmas
 from network import LIMIT, Network
 from problems import (
     Empirical,

@@ -6,7 +6,7 @@ import math
 import torch
 
 from ersde_fast import place_sigmas
-from ersde_fast.integrations.edm import karras_sigmas
+from ersde_fast.schedules import karras_sigmas
 from problems import (
     data_std,
     digits_mixture,

@@ -19,22 +19,7 @@ from tqdm.auto import tqdm
 
 from ..noise import portable_noise
 from ..sample import sample_er_sde
-
-
-def karras_sigmas(
-    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, round_sigma=None
-) -> Tensor:
-    """EDM's noise levels (Karras et al. 2022, equation 5), float64 [num_steps + 1], the last 0.
-
-    Args:
-        round_sigma: the network's own, for networks that know only some levels; None keeps them.
-    """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64, device="cpu")
-    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    rounded = sigmas if round_sigma is None else torch.as_tensor(round_sigma(sigmas), dtype=torch.float64, device="cpu")
-    return torch.cat([rounded, sigmas.new_zeros(1)])
+from ..schedules import karras_sigmas
 
 
 @torch.no_grad()

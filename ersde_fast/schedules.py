@@ -1,4 +1,4 @@
-"""Where the noise levels lie: placed by the error that the solver makes at each, which a pilot run measures."""
+"""Where the noise levels lie: by rules of the literature, or placed by the error that a pilot run measures at each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,6 +9,82 @@ from torch import Tensor
 
 from .plan import er_sde_plan, on_host
 from .sample import sample_plan
+
+CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
+
+
+def karras_sigmas(
+    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, round_sigma=None
+) -> Tensor:
+    """Levels that are even in sigma^(1 / rho) (Karras et al. 2022, equation 5), float64 [num_steps + 1], the last 0.
+
+    Args:
+        num_steps: at least 1.
+        round_sigma: the network's own, for networks that know only some levels; None keeps them.
+    """
+    roots = _even(num_steps, sigma_max ** (1 / rho), sigma_min ** (1 / rho))
+    sigmas = roots**rho
+    rounded = sigmas if round_sigma is None else torch.as_tensor(round_sigma(sigmas), dtype=torch.float64, device=CPU)
+    return _and_zero(rounded)
+
+
+def exponential_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """Levels that are even in log(sigma), float64 [num_steps + 1], the last 0.
+
+    Args:
+        num_steps: at least 1.
+    """
+    sigmas = torch.exp(_even(num_steps, math.log(sigma_max), math.log(sigma_min)))
+    return _and_zero(sigmas.clamp(sigma_min, sigma_max))  # which rounding may leave
+
+
+def uniform_log_snr_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, process: str = "ve") -> Tensor:
+    """Levels that are even in the logarithm of the signal-to-noise ratio, log(alpha / sigma), float64 [num_steps + 1], the last 0.
+
+    Args:
+        num_steps: at least 1.
+        sigma_min, sigma_max: the process's own sigmas, so below 1 for "vp" and "flow".
+        process: see `er_sde_plan`; of "ve", where alpha is 1, they are `exponential_sigmas`.
+    """
+    if process not in FROM_ER_LAMBDA:
+        raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}')
+    plan = er_sde_plan([sigma_max, sigma_min], process=process)
+    smallest, largest = plan.er_lambdas[1].item(), plan.er_lambdas[0].item()
+    if not 0 < smallest <= largest < math.inf:
+        raise ValueError(
+            f'sigma_min and sigma_max must be above 0, and below 1 for "vp" and "flow", got {sigma_min!r} and {sigma_max!r}'
+        )
+    return FROM_ER_LAMBDA[process](exponential_sigmas(num_steps, smallest, largest))
+
+
+FROM_ER_LAMBDA = {
+    "ve": lambda l: l,
+    "vp": lambda l: l / torch.sqrt(1 + l**2),
+    "flow": lambda l: l / (1 + l),
+}  # the sigma of each
+
+
+def flow_sigmas(num_steps: int, shift: float = 1.0) -> Tensor:
+    """Levels of a flow, even from 1 to 0 and then shifted, `shift t / (1 + (shift - 1) t)` (arXiv 2403.03206), float64 [num_steps + 1].
+
+    Args:
+        num_steps: at least 1.
+        shift: above 0; 1 leaves them even, larger ones spend more steps at high noise, as larger images want.
+    """
+    if not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
+        raise ValueError(f"shift must be a finite number above 0, got {shift!r}")
+    levels = _and_zero(_even(num_steps, 1.0, 1 / max(num_steps, 1)))
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
+def _even(num_steps: int, first: float, last: float) -> Tensor:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    return first + torch.linspace(0, 1, num_steps, dtype=torch.float64, device=CPU) * (last - first)
+
+
+def _and_zero(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 @torch.no_grad()

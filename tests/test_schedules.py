@@ -1,11 +1,11 @@
-"""Levels placed by the local error: their ends, what they gain where the error is known, and what is refused."""
+"""Levels by rule, and levels placed by the local error: their ends, what they gain where the error is known, what is refused."""
 
 import numpy as np
 import pytest
 import torch
 
-from ersde_fast import place_sigmas
-from ersde_fast.integrations.edm import karras_sigmas
+from ersde_fast import er_sde_plan, place_sigmas
+from ersde_fast.schedules import exponential_sigmas, flow_sigmas, karras_sigmas, uniform_log_snr_sigmas
 from problems import gaussian_frechet
 from samplers import ours
 
@@ -94,3 +94,44 @@ def test_bad_input(change, message):
     arguments = dict(model=model, x=start(), sigmas=karras_sigmas(30), num_steps=8) | change
     with pytest.raises(ValueError, match=message):
         place_sigmas(**arguments)
+
+
+def test_levels_by_rule_are_even_in_what_they_are_named_after():
+    for sigmas, scaled in [
+        (karras_sigmas(9, 0.01, 50.0, rho=5.0), lambda s: s**0.2),
+        (exponential_sigmas(9, 0.01, 50.0), torch.log),
+        (uniform_log_snr_sigmas(9, 0.01, 50.0), torch.log),
+    ]:
+        assert len(sigmas) == 10 and sigmas.dtype == torch.float64 and sigmas[-1] == 0
+        torch.testing.assert_close(sigmas[[0, -2]], sigmas.new_tensor([50, 0.01]), rtol=1e-14, atol=0)
+        steps = scaled(sigmas[:-1]).diff()
+        torch.testing.assert_close(steps, steps[:1].expand(8), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("process", ["vp", "flow"])
+def test_even_log_snr_of_every_process(process):
+    sigmas = uniform_log_snr_sigmas(9, 0.01, 0.99, process=process)
+    steps = er_sde_plan(sigmas, process=process).er_lambdas[:-1].log().diff()
+    torch.testing.assert_close(sigmas[[0, -2, -1]], sigmas.new_tensor([0.99, 0.01, 0]), rtol=1e-14, atol=0)
+    torch.testing.assert_close(steps, steps[:1].expand(8), rtol=1e-12, atol=0)
+
+
+def test_flow_levels_are_even_and_then_shifted():
+    assert flow_sigmas(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert flow_sigmas(4, 3.0).tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-15)
+    assert flow_sigmas(1).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("rule", [karras_sigmas, exponential_sigmas, uniform_log_snr_sigmas, flow_sigmas])
+def test_a_rule_needs_a_step(rule):
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        rule(0)
+
+
+def test_bad_levels_by_rule():
+    with pytest.raises(ValueError, match="shift must be a finite number above 0, got 0"):
+        flow_sigmas(4, 0)
+    with pytest.raises(ValueError, match="process must be"):
+        uniform_log_snr_sigmas(4, process="edm")
+    with pytest.raises(ValueError, match="sigma_min and sigma_max must be above 0, and below 1"):
+        uniform_log_snr_sigmas(4, 0.1, 1.0, process="flow")
