@@ -8,14 +8,13 @@ if (Path(__file__).parents[1] / "kernels" / "er_sde_step.py").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
 from .backends import available_backends
+from .draw import portable_noise, torch_noise
 from .log_prob import step_log_prob
-from .noise import portable_noise, torch_noise
 from .noise_scaler import reverse_time_sde
 from .plan import Plan, PlanStack, er_sde_plan, stack_plans
-from .reference import reference_step
 from .sample import sample_er_sde
 from .schedules import place_sigmas
-from .step import fast_step
+from .step import fast_step, reference_step
 
 __all__ = [
     "Plan",

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from tqdm.auto import tqdm
 
-from .arguments import FLOATS
-from .noise import portable_noise, seed_table, specified_noise
+from .backends.base import FLOATS
+from .draw import portable_noise
+from .noise import seed_table, specified_noise
 from .plan import Plan
 from .sample import sample_plan
 from .step import fast_step

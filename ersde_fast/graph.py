@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .arguments import NUMBER_OF_TYPE, prediction_arguments
-from .backends import _C
-from .noise import has_values, seed_table
+from .backends import BACKENDS
+from .noise import Portable, TorchStream, has_values, seed_table
 from .plan import Plan
-from .step import fast_step
+from .request import NUMBER_OF_TYPE, OutputArguments, StepRequest, model_output
+from .step import fast_step, step_of
 
 
 class _Captured:
@@ -169,7 +169,9 @@ class StepGraph(_Captured):
 
     def run(self) -> Tensor:
         output, guidance = self.output_of(self.x, self.levels.index_select(0, self.step.view(1))[0])
-        step_in_ring(self.plan, self.step, self.x, output, self.ring, self.seeds_to_draw, self.prediction_type, guidance)
+        noise = Portable(self.seeds) if self.plan.draws else TorchStream()
+        output_of = model_output(OutputArguments(self.prediction_type, guidance))
+        step_in_ring(StepRequest(self.plan, self.step, self.x, [output], noise, self.plan.draws, output_of, ring=self.ring))
         self.step.add_(1).clamp_(max=self.plan.num_steps)
         return self.x
 
@@ -187,26 +189,14 @@ class StepGraph(_Captured):
         return self.replay()
 
 
-def step_in_ring(
-    plan: Plan, step: Tensor, x: Tensor, output: Tensor, ring: Tensor, seeds, prediction_type: str, guidance
-) -> None:
-    """One step in place, its index and the earlier predictions in memory: that of step s lies in slot s mod order of the ring.
-
-    Args:
-        plan: on the device of x.
-        step: int64 [] on the device of x.
-        ring: [order, *x.shape]; the new prediction replaces the oldest.
-    """
-    if _C is not None and (x.is_cpu or _C.has_cuda):
-        _C.step(
-            plan.table, step, x, [output], None, None, seeds, x, *prediction_arguments(prediction_type, guidance), plan.draws, True,
-            None, None, None, ring,
-        )  # fmt: skip
-        return
-    order = len(ring)
-    older = ring.index_select(0, (step - torch.arange(1, order, device=x.device)) % order).unbind()
-    x_next, denoised = fast_step(
-        plan, step, x, [output, *older], seed=seeds, prediction_type=prediction_type, guidance=guidance
-    )
+def step_in_ring(request: StepRequest) -> None:
+    """One step in place, its index and the earlier predictions in memory: the backends without a ring are given its slots in order."""
+    for backend in BACKENDS:
+        if backend.keeps_ring and backend.why_not(request) is None:
+            backend.run(request._replace(out=request.x))
+            return
+    step, ring, order = request.i, request.ring, len(request.ring)
+    older = ring.index_select(0, (step - torch.arange(1, order, device=ring.device)) % order).unbind()
+    x_next, denoised = step_of(request._replace(history=[*request.history, *older], ring=None))
     ring.index_copy_(0, (step % order).view(1), denoised[None])
-    x.copy_(x_next)
+    request.x.copy_(x_next)

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import check_like, check_step, known_row, prediction_arguments
 from .noise import has_values
-from .reference import linear_combination, prediction, row_of, table_for
+from .reference import linear_combination, prediction, row_of_request
+from .request import OutputArguments, StepRequest, check_like, checked, known_row, model_output
 
 
 def step_log_prob(plan, i, x: Tensor, history, x_next: Tensor, *, prediction_type: str | None = None, guidance=None) -> Tensor:
@@ -28,19 +28,20 @@ def step_log_prob(plan, i, x: Tensor, history, x_next: Tensor, *, prediction_typ
     Raises:
         ValueError: where the step adds no noise, so that its result has no density; as NaN where only the device knows.
     """
-    if not torch.compiler.is_dynamo_compiling():
-        uses = check_step(plan, i, x, history, prediction_type=prediction_type, guidance=guidance)
-        check_like("x_next", x_next, x)
-        check_log_prob(plan, i)
-        history = history[:uses]
-    return log_prob(plan, i, x, history, x_next, *prediction_arguments(prediction_type, guidance))
+    output = OutputArguments(prediction_type, guidance)
+    if torch.compiler.is_dynamo_compiling():
+        return log_prob(StepRequest(plan, i, x, history, output=model_output(output)), x_next)
+    request = checked(plan, i, x, history, output=output)
+    check_like("x_next", x_next, x)
+    check_log_prob(plan, i)
+    return log_prob(request, x_next)
 
 
-def log_prob(plan, i, x: Tensor, history, x_next: Tensor, kind: int, unconditional: Tensor | None, scale) -> Tensor:
-    """step_log_prob of checked arguments."""
-    row = row_of(table_for(plan, i, x), i, x)
-    if kind >= 0:
-        history = [prediction(row, x, history[0], kind, unconditional, scale, torch.float64), *history[1:]]
+def log_prob(request: StepRequest, x_next: Tensor) -> Tensor:
+    """The log-density of the step of a request at x_next."""
+    row, x, history = row_of_request(request), request.x, request.history
+    if request.output is not None:
+        history = [prediction(row, x, history[0], request.output, torch.float64), *history[1:]]
     mean = linear_combination([(row.w_x, x), *zip(row.w_d, history, strict=False)], x, torch.float64)
     if isinstance(w_noise := row.w_noise, Tensor):
         w_noise = torch.where(w_noise > 0, w_noise, math.nan)

@@ -8,12 +8,11 @@ float32 addition, multiplication, fma and square root are used: any machine that
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from .extension import _C, WHY_NOT
 
 WORD = 0xFFFFFFFF
 MAX_POSITIONS = 2**42  # elements of a sample: 40 bits of the counter hold the group
@@ -21,65 +20,33 @@ MAX_SAMPLE = 2**48
 TORCH_PIECE = 2**31  # bytes that torch.randn draws in one piece
 
 
-def portable_noise(
-    shape: Sequence[int],
-    seed: int | Sequence[int] | Sequence[tuple[int, int]],
-    step: int = 0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Standard normal noise of the portable stream: what `fast_step(..., seed=seed)` draws at a step.
+class Portable(NamedTuple):
+    """The portable stream as the noise of a step.
 
-    Args:
-        shape: [batch, ...]; () is one sample.
-        seed: one number: sample b of the batch draws with (seed, b). A list of numbers, one a sample: (seed_b, 0). A list of
-            (seed, sample) pairs says both. Taken mod 2^64; sample from 0 to 2^48 - 1.
-        step: `plan.first_step + i`, mod 2^32; -1 for the initial latents.
-        device, dtype: of the result; drawn in float32 whatever the dtype.
+    Attributes:
+        seeds: a number, of which sample b draws with (seed, b); or int64 [batch, 2] of (seed, sample).
+        global_shape, global_start: of a sample of which x holds a part, and where that starts; both empty where x holds it all.
     """
-    shape = tuple(shape)
-    seeds = seed_table(seed, shape[0] if shape else 1)
-    device = torch.device(device)
-    if _C is not None and (device.type == "cpu" or (device.type == "cuda" and _C.has_cuda)):
-        noise = torch.empty(shape, dtype=torch.float32, device=device)
-        _C.portable_noise(noise, seeds, step)
-    else:
-        noise = specified_noise(shape, seeds.to(device), step)
-    return noise.to(dtype)
+
+    seeds: int | Tensor
+    global_shape: Sequence[int] = ()
+    global_start: Sequence[int] = ()
 
 
-def torch_noise(
-    shape: Sequence[int],
-    seed: int,
-    offset: int = 0,
-    *,
-    torch_layout: tuple[int, int],
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> tuple[Tensor, int]:
-    """What `torch.randn` draws on a CUDA card under a seed and offset of its generator (torch 2.11 to 2.13).
+class TorchStream(NamedTuple):
+    """Torch's own stream as the noise of a step.
 
-    On a CUDA device bit for bit; on the CPU to about 1e-6, since the card's sine and logarithm are its own.
-
-    Args:
-        shape: fewer than 2 GiB in all; larger tensors torch draws in pieces.
-        seed, offset: of the generator, `generator.initial_seed()` and `generator.get_offset()`.
-        torch_layout: (multiprocessors, threads of each) of the card: (80, 1536) is an A10G, (108, 2048) an A100.
-        dtype: float32, bfloat16 or float16; drawn in float32 and rounded once, as torch does.
-
-    Returns:
-        The noise, and the generator's offset after it.
+    Attributes:
+        generator: None is the default one of the device of x.
+        layout: (multiprocessors, threads of each) of the card whose numbers to draw; None is the one at hand.
     """
-    check_torch_layout(torch_layout)
-    if _C is None:
-        raise RuntimeError(f"torch_noise needs the extension: {WHY_NOT}")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    if math.prod(shape) * dtype.itemsize > TORCH_PIECE:
-        raise ValueError(f"shape must be less than 2 GiB of {dtype}, got {tuple(shape)}: torch draws larger tensors in pieces")
-    noise = torch.empty(shape, dtype=torch.float32, device=device)
-    grows = _C.torch_noise(noise, seed, offset, *torch_layout)
-    return noise.to(dtype), offset + grows
+
+    generator: torch.Generator | None = None
+    layout: tuple[int, int] | None = None
+
+    def draw(self, x: Tensor) -> Tensor:
+        """The noise for x by torch.randn, for whoever does not draw it in a kernel."""
+        return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=self.generator)
 
 
 def check_torch_layout(torch_layout) -> None:

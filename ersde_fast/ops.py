@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .backends import is_differentiated, pick_backend, run
-from .plan import COLUMNS_BEHIND
-from .reference import look_up, per_sample
+from .backends import choose
+from .noise import Portable, TorchStream, seed_table
+from .plan import COLUMNS_BEHIND, PlanStack
+from .reference import look_up, per_sample, table_for
+from .request import ModelOutput, StepRequest
+
+TRACED = ("FakeTensor", "FunctionalTensor")  # types that stand for plain tensors while torch traces
 
 SCHEMA = (
     "(Tensor table, Tensor? plan_index, Tensor step_index, Tensor x, Tensor[] history, Tensor? noise, Tensor? seeds, "
@@ -27,10 +32,70 @@ STEP = torch.ops.ersde_fast.step.default
 STEP_FROM_OUTPUT = torch.ops.ersde_fast.step_from_output.default
 
 
+def why_operator(tensors: list[Tensor]) -> str | None:
+    """Why the step has to go through the dispatcher, if it has to; tensors of types that no kernel knows do not go there."""
+    if not all(type(t) in (Tensor, torch.nn.Parameter) or type(t).__name__ in TRACED for t in tensors):
+        return None
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        return "an input is wrapped by a function transform"
+    if any(map(_is_differentiated, tensors)):
+        return "an input requires a gradient or carries a tangent"
+    if is_in_torch_dispatch_mode() or any(type(t).__name__ in TRACED for t in tensors):
+        return "it is being traced"
+    return None
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    """Whether autograd has to follow it, in either direction."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def run(request: StepRequest):
+    """The step as an operator: what is a number to an eager step is a tensor here, so that no trace holds it."""
+    i, x, noise, seeds, shard = request.i, request.x, request.noise, None, ([], [])
+    plan_index, step_index = i if isinstance(i, tuple) else (None, i)
+    if not isinstance(step_index, Tensor):
+        step_index = torch.full((), step_index, dtype=torch.int64, device="cpu")
+    table = table_for(request.plan, step_index if plan_index is None else i, x)
+    if isinstance(noise, Portable):
+        seeds, shard, noise = _seeds_to_trace(noise.seeds, x), (list(noise.global_shape), list(noise.global_start)), None
+    if getattr(x, "fake_mode", None) is not None and not x.fake_mode.allow_non_fake_inputs:
+        fake = functools.partial(_fake, x.fake_mode)
+        table, plan_index, step_index, seeds = map(fake, (table, plan_index, step_index, seeds))
+    if isinstance(noise, TorchStream):
+        noise = noise.draw(x) if request.draws else None
+    arguments = (table, plan_index, step_index, x, list(request.history), noise, seeds, *shard)
+    if request.output is None:
+        return STEP(*arguments)
+    kind, unconditional, scale = request.output
+    if unconditional is not None and not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=torch.float64, device="cpu")
+    return STEP_FROM_OUTPUT(*arguments, kind, unconditional, scale)
+
+
+def _fake(fake_mode, tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or type(tensor).__name__ in TRACED:
+        return tensor
+    return fake_mode.from_tensor(tensor, static_shapes=True)
+
+
+def _seeds_to_trace(seeds, x: Tensor) -> Tensor:
+    """The seeds as int64 [batch, 2], made of operators, so that neither the batch nor the seed is a constant of a trace."""
+    batch = x.shape[0] if x.dim() else 1
+    if isinstance(seeds, Tensor) and seeds.dim() == 2:
+        return seeds
+    if isinstance(seeds, int):
+        seeds = seeds if -(2**63) <= seeds < 2**63 else (seeds + 2**63) % 2**64 - 2**63
+        samples = torch.arange(batch, device=x.device)
+        return torch.stack([torch.full_like(samples, seeds), samples], dim=1)
+    return seed_table(seeds, batch).to(x.device)
+
+
 def _kernel(table, plan_index, step_index, x, history, noise, seeds, *shard_and_output):
     """Runs the step on the fastest backend that fits."""
     global_shape, global_start, *behind = shard_and_output
-    kind, unconditional, scale = behind or (-1, None, None)
     i = step_index if plan_index is None else (plan_index, step_index)
     order, silent = table.shape[-1] - 2 - COLUMNS_BEHIND, noise is None and seeds is None
     if (silent or len(history) < order) and plan_index is None and table.is_cpu and step_index.is_cpu:
@@ -39,13 +104,15 @@ def _kernel(table, plan_index, step_index, x, history, noise, seeds, *shard_and_
             raise ValueError("noise or seeds is needed: the weight of the noise is not 0 at this step")
         if (row[1 + len(history) : order + 1] != 0).any():
             raise ValueError(f"history must hold every prediction that the step uses, got {len(history)}")
-    if scale is not None and scale.dim() == 0:
-        scale = scale.item()
-    tensors = [t for t in (x, *history, noise, unconditional) if t is not None]
-    return run(
-        pick_backend(None, tensors, None), table, i, x, history, seeds is not None, noise, None, seeds, None, kind,
-        unconditional, scale, global_shape, global_start,
-    )  # fmt: skip
+    if seeds is not None:
+        noise = Portable(seeds, global_shape, global_start)
+    output = None
+    if behind:
+        kind, unconditional, scale = behind
+        output = ModelOutput(kind, unconditional, scale.item() if scale is not None and scale.dim() == 0 else scale)
+    source = TorchStream() if noise is None else noise
+    request = StepRequest(PlanStack(table, seeds is not None), i, x, history, source, seeds is not None, output)
+    return choose(request).run(request)
 
 
 def _shapes(table, plan_index, step_index, x, history, noise, seeds, global_shape, global_start, *behind):
@@ -137,7 +204,7 @@ class _Step(torch.autograd.function._SingleLevelFunction):
 def _differentiable(operator, table, plan_index, step_index, x, history, *rest):
     """Follows what autograd wants to know, and passes on."""
     flat = (table, plan_index, step_index, x, *history, *rest)
-    if any(is_differentiated(t) for t in _linear(flat, len(history)) if t is not None):
+    if any(_is_differentiated(t) for t in _linear(flat, len(history)) if t is not None):
         with enable_single_level_autograd_function():
             return _Step.apply(operator, len(history), *flat)
     with torch._C._AutoDispatchBelowAutograd():

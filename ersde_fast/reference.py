@@ -1,61 +1,36 @@
 """The specification: the step and its noise in plain PyTorch, for any device and dtype, differentiable."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .arguments import check_step, prediction_arguments
 from .noise import has_values, seeds_of, specified_noise
 from .plan import Row
+
+if TYPE_CHECKING:
+    from .request import ModelOutput, StepRequest
 
 UNDERFLOW = 2.0**-150  # the largest number that is 0 in float32
 
 
-def reference_step(
-    plan, i, x: Tensor, history, noise: Tensor | None = None, seed=None, prediction_type: str | None = None, guidance=None
-):
-    """One step of the plan, `x_next = w_x x + sum_j w_d[j] history[j] + w_noise noise`.
-
-    Args:
-        plan: of `er_sde_plan` or `stack_plans`.
-        i: the step, as in `fast_step`.
-        x: [...] the current sample, of any float dtype; computed in float32, in float64 if any input is float64.
-        history: predictions of the clean sample, newest first, each of the shape of x and of any float dtype.
-        noise: standard normal, of the shape of x.
-        seed: the portable stream instead, see `portable_noise`. One of the two is needed where w_noise is not 0.
-        prediction_type, guidance: history[0] is the model's output, as in `fast_step`.
-
-    Returns:
-        The next sample, of the shape and dtype of x; with a prediction_type the pair (next sample, prediction). The error is at
-        most (order + 3) 2^-24 sum |w_i x_i| plus half an ulp of the dtype (2^-53 for float64).
-    """
-    check_step(plan, i, x, history, noise, seed=seed, prediction_type=prediction_type, guidance=guidance)
-    kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
-    row = row_of(table_for(plan, i, x), i, x)
-    if seed is not None:
-        noise = draw_portable(row, x, seeds_of(seed, x))
-    if noise is None and plan.draws and row.w_noise != 0:
-        raise ValueError("noise or seed is needed: the weight of the noise is not 0 at this step")
-    return reference(row, x, history[: plan.order], noise, kind, unconditional, scale)
-
-
-def reference(row: Row, x: Tensor, history: Sequence[Tensor], noise: Tensor | None, kind: int, unconditional, scale):
-    """The step of one row: first the prediction of a model's output, where `kind` names one, then the next sample."""
-    if kind < 0:
+def step_of(request: "StepRequest", noise: Tensor | None):
+    """The step with that noise: of a model's output first the prediction, and both are returned; then the next sample."""
+    row, x, history = row_of_request(request), request.x, request.history
+    if request.output is None:
         return next_sample(row, x, history, noise)
-    denoised = prediction(row, x, history[0], kind, unconditional, scale)
+    denoised = prediction(row, x, history[0], request.output)
     return next_sample(row, x, [denoised, *history[1:]], noise), denoised
 
 
-def prediction(row: Row, x: Tensor, output: Tensor, kind: int, unconditional: Tensor | None, scale, dtype=None) -> Tensor:
+def prediction(row: Row, x: Tensor, output: Tensor, of: "ModelOutput", dtype: torch.dtype | None = None) -> Tensor:
     """denoised = p_x x + p_m (unconditional + scale (output - unconditional)), in the dtype of x."""
-    p_x, p_m = row.predictions[kind]
-    if unconditional is None:
+    p_x, p_m = row.predictions[of.kind]
+    if of.unconditional is None:
         return linear_combination([(p_x, x), (p_m, output)], x, dtype)
-    if isinstance(scale, Tensor):
-        scale = per_sample(scale, x.dim())
-    return linear_combination([(p_x, x), (p_m * scale, output), (p_m * (1 - scale), unconditional)], x, dtype)
+    scale = per_sample(of.scale, x.dim()) if isinstance(of.scale, Tensor) else of.scale
+    return linear_combination([(p_x, x), (p_m * scale, output), (p_m * (1 - scale), of.unconditional)], x, dtype)
 
 
 def next_sample(row: Row, x: Tensor, history: Sequence[Tensor], noise: Tensor | None) -> Tensor:
@@ -116,8 +91,21 @@ def per_sample(values: Tensor, dim: int) -> Tensor:
     return values.view(-1, *[1] * (dim - 1)) if values.dim() and dim else values.reshape(())
 
 
-def draw_portable(row: Row, x: Tensor, seeds: Tensor, global_shape=None, global_start=None) -> Tensor | None:
-    """The step's portable noise as a float32 tensor, or None where the step adds none."""
+def row_of_request(request: "StepRequest") -> Row:
+    return row_of(table_for(request.plan, request.i, request.x), request.i, request.x)
+
+
+def portable_noise_of(request: "StepRequest") -> Tensor | None:
+    """The portable noise of a step as a float32 tensor, or None where the step adds none."""
+    row, x, stream = row_of_request(request), request.x, request.noise
     if isinstance(row.w_noise, float) and row.w_noise == 0:
         return None
-    return specified_noise(x.shape, seeds.to(x.device), row.counter, global_shape, global_start)
+    seeds = stream.seeds if isinstance(stream.seeds, Tensor) else seeds_of(stream.seeds, x)
+    return specified_noise(x.shape, seeds.to(x.device), row.counter, stream.global_shape, stream.global_start)
+
+
+def written_to(out: Tensor | None, result):
+    """The result of a step with its next sample in `out`, where that is given."""
+    if out is None:
+        return result
+    return (out.copy_(result[0]), *result[1:]) if isinstance(result, tuple) else out.copy_(result)

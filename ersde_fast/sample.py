@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from .arguments import check_one_source
 from .plan import Plan, er_sde_plan, on_host
+from .request import check_one_source
 from .step import fast_step
 
 

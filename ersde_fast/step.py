@@ -1,20 +1,18 @@
-"""`fast_step`: checks nothing that the kernel has checked, and sends each step where it runs fastest."""
+"""`fast_step`: checks nothing that the kernel has checked, and sends each step where it runs fastest; and its specification."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import ops
-from .arguments import check_step, known_row, prediction_arguments
-from .backends import _C, is_differentiated, pick_backend, run, written_to
+from .backends import choose, extension
+from .backends.reference import REFERENCE
 from .log_prob import check_log_prob, log_prob
-from .noise import seed_table, seeds_of
-from .reference import table_for
-
-TRACED = ("FakeTensor", "FunctionalTensor")  # types that stand for plain tensors while torch traces
+from .noise import TorchStream, seeds_of
+from .reference import row_of_request, written_to
+from .request import NUMBER_OF_TYPE, NoiseArguments, OutputArguments, StepRequest, checked, model_output, noise_of, pair_of
 
 
 def fast_step(
@@ -78,32 +76,29 @@ def fast_step(
     if is_dynamo_compiling():
         if out is not None or backend is not None or torch_layout is not None:
             raise ValueError("out, backend and torch_layout cannot be traced: leave them out in compiled code")
-        kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
-        result = _by_operator(
-            plan, i, x, history[: plan.order], plan.draws, noise, generator, seed, kind, unconditional, scale, global_shape,
-            global_start,
-        )  # fmt: skip
-        return _and_log_prob(result, plan, i, x, history, kind, unconditional, scale) if return_log_prob else result
+        given = NoiseArguments(noise, generator, seed, global_shape, global_start)
+        output = model_output(OutputArguments(prediction_type, guidance))
+        request = StepRequest(plan, i, x, history[: plan.order], noise_of(given), plan.draws, output)
+        return _and_log_prob(ops.run(request), request, return_log_prob)
 
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
     whole = global_shape is None and global_start is None and torch_layout is None
-    if _C is not None and backend is None and whole and not return_log_prob:
+    if extension._C is not None and backend is None and whole and not return_log_prob:
         if prediction_type is None and guidance is None:
             kind, unconditional, scale = -1, None, None
         else:
-            kind, unconditional, scale = _prediction_arguments_if_plain(prediction_type, guidance)
+            kind, unconditional, scale = _output_if_plain(prediction_type, guidance)
         if kind is not None and (table := getattr(plan, "table", None)) is not None:
-            result = _C.step(
+            result = extension._C.step(
                 table, i, x, history, noise, generator, seeds, out, kind, unconditional, scale, plan.draws, False, None, None,
                 None, None,
             )  # fmt: skip
             if result is not None:
                 return result
 
-    uses = check_step(
-        plan, i, x, history, noise, generator, seed, out, global_shape, global_start, torch_layout, prediction_type, guidance
-    )
-    if isinstance(i, tuple) and plan.draws and noise is None and seed is None:
+    given = NoiseArguments(noise, generator, seed, global_shape, global_start, torch_layout)
+    request = checked(plan, i, x, history, given, OutputArguments(prediction_type, guidance), out)
+    if isinstance(i, tuple) and plan.draws and isinstance(request.noise, TorchStream):
         raise ValueError(
             "seed or noise is needed where samples follow plans of their own: torch's stream would tie them together"
         )
@@ -111,82 +106,57 @@ def fast_step(
         check_log_prob(plan, i)
         if out is not None:
             raise ValueError("out must not be given with return_log_prob: it could overwrite what the density depends on")
-    kind, unconditional, scale = prediction_arguments(prediction_type, guidance)
-    history, row = history[:uses], known_row(plan, i)
-    draws = plan.draws if row is None else row.w_noise != 0
-    tensors = [t for t in (x, *history, noise, unconditional) if t is not None]
-    if backend != "reference" and (why := _why_operator(tensors)):
+    return _and_log_prob(step_of(request, backend), request, return_log_prob)
+
+
+def step_of(request: StepRequest, backend: str | None = None):
+    """The step of a request, by the backend of that name or the fastest that fits; as an operator where torch wants to see it."""
+    if backend != "reference" and (why := ops.why_operator(request.tensors)):
         if backend is not None:
             raise ValueError(f'backend "{backend}" cannot run this step: {why}: leave backend out, or name "reference"')
-        result = _by_operator(
-            plan, i, x, history, draws, noise, generator, seed, kind, unconditional, scale, global_shape, global_start
-        )
-        result = written_to(out, result)
-    else:
-        backend = pick_backend(backend, tensors, torch_layout)
-        table = plan.to(x.device).table if backend == "triton" else table_for(plan, i, x)
-        result = run(
-            backend, table, i, x, history, draws, noise, generator, seeds, out, kind,
-            unconditional, scale, global_shape or (), global_start or (), torch_layout or (),
-        )  # fmt: skip
-    return _and_log_prob(result, plan, i, x, history, kind, unconditional, scale) if return_log_prob else result
+        return written_to(request.out, ops.run(request))
+    return choose(request, backend).run(request)
 
 
-def _prediction_arguments_if_plain(prediction_type, guidance) -> tuple:
-    """prediction_arguments without complaint: None for the number where something is wrong."""
+def _output_if_plain(prediction_type, guidance) -> tuple:
+    """The number of the prediction type, the unconditional output and the scale; without complaint None for the first where
+    something is wrong. A tuple, since to make a ModelOutput would be a tenth of a small step."""
     try:
-        return prediction_arguments(prediction_type, guidance)
+        return NUMBER_OF_TYPE[prediction_type], *((None, None) if guidance is None else pair_of(guidance))
     except (KeyError, TypeError, ValueError):
         return None, None, None
 
 
-def _why_operator(tensors: list[Tensor]) -> str | None:
-    """Why the step has to go through the dispatcher, if it has to; tensors of types that no kernel knows do not go there."""
-    if not all(type(t) in (Tensor, torch.nn.Parameter) or type(t).__name__ in TRACED for t in tensors):
-        return None
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
-        return "an input is wrapped by a function transform"
-    if any(map(is_differentiated, tensors)):
-        return "an input requires a gradient or carries a tangent"
-    if is_in_torch_dispatch_mode() or any(type(t).__name__ in TRACED for t in tensors):
-        return "it is being traced"
-    return None
-
-
-def _by_operator(plan, i, x, history, draws, noise, generator, seed, kind, unconditional, scale, global_shape, global_start):
-    """The step as an operator: what is a number to an eager step is a tensor here, so that no trace holds it."""
-    plan_index, step_index = i if isinstance(i, tuple) else (None, i)
-    if not isinstance(step_index, Tensor):
-        step_index = torch.full((), step_index, dtype=torch.int64, device="cpu")
-    table = table_for(plan, step_index if plan_index is None else i, x)
-    if seed is not None:
-        seed = _seeds_to_trace(seed, x)
-    if getattr(x, "fake_mode", None) is not None and not x.fake_mode.allow_non_fake_inputs:
-        fake = lambda t: t if t is None or type(t).__name__ in TRACED else x.fake_mode.from_tensor(t, static_shapes=True)  # noqa: E731
-        table, plan_index, step_index, seed = map(fake, (table, plan_index, step_index, seed))
-    if seed is None and noise is None and draws:
-        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    shard = list(global_shape or ()), list(global_start or ())
-    arguments = (table, plan_index, step_index, x, list(history), noise, seed, *shard)
-    if kind < 0:
-        return ops.STEP(*arguments)
-    if unconditional is not None and not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.float64, device="cpu")
-    return ops.STEP_FROM_OUTPUT(*arguments, kind, unconditional, scale)
-
-
-def _seeds_to_trace(seed, x: Tensor) -> Tensor:
-    """The seeds as int64 [batch, 2], made of operators, so that neither the batch nor the seed is a constant of a trace."""
-    batch = x.shape[0] if x.dim() else 1
-    if isinstance(seed, Tensor) and seed.dim() == 2:
-        return seed
-    if isinstance(seed, int):
-        seed = seed if -(2**63) <= seed < 2**63 else (seed + 2**63) % 2**64 - 2**63
-        samples = torch.arange(batch, device=x.device)
-        return torch.stack([torch.full_like(samples, seed), samples], dim=1)
-    return seed_table(seed, batch).to(x.device)
-
-
-def _and_log_prob(result, plan, i, x, history, kind, unconditional, scale) -> tuple:
+def _and_log_prob(result, request: StepRequest, wanted: bool):
+    """The result, and behind it the log-density at its next sample where that is wanted."""
+    if not wanted:
+        return result
     results = result if isinstance(result, tuple) else (result,)
-    return (*results, log_prob(plan, i, x, history, results[0].detach(), kind, unconditional, scale))
+    return (*results, log_prob(request, results[0].detach()))
+
+
+def reference_step(
+    plan, i, x: Tensor, history, noise: Tensor | None = None, seed=None, prediction_type: str | None = None, guidance=None
+):
+    """One step of the plan, `x_next = w_x x + sum_j w_d[j] history[j] + w_noise noise`.
+
+    Args:
+        plan: of `er_sde_plan` or `stack_plans`.
+        i: the step, as in `fast_step`.
+        x: [...] the current sample, of any float dtype; computed in float32, in float64 if any input is float64.
+        history: predictions of the clean sample, newest first, each of the shape of x and of any float dtype.
+        noise: standard normal, of the shape of x.
+        seed: the portable stream instead, see `portable_noise`. One of the two is needed where w_noise is not 0.
+        prediction_type, guidance: history[0] is the model's output, as in `fast_step`.
+
+    Returns:
+        The next sample, of the shape and dtype of x; with a prediction_type the pair (next sample, prediction). The error is at
+        most (order + 3) 2^-24 sum |w_i x_i| plus half an ulp of the dtype (2^-53 for float64).
+    """
+    given, output = NoiseArguments(noise=noise, seed=seed), OutputArguments(prediction_type, guidance)
+    request = checked(plan, i, x, history, given, output)
+    if isinstance(request.noise, TorchStream):
+        if request.draws and row_of_request(request).w_noise != 0:
+            raise ValueError("noise or seed is needed: the weight of the noise is not 0 at this step")
+        request = request._replace(draws=False)
+    return REFERENCE.run(request)

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ersde_fast.plan import COLUMNS_BEHIND
+from ersde_fast.noise import Portable, TorchStream
+from ersde_fast.plan import COLUMNS_BEHIND, PlanStack
+from ersde_fast.request import StepRequest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 512
@@ -353,15 +355,12 @@ def compile_options(block: int) -> dict:
     return {} if INTERPRETED else {"enable_fp_fusion": False, "num_warps": block // 256}
 
 
-def step(
-    table: Tensor, i, x: Tensor, history, out: Tensor | None, draws: bool, noise: Tensor | None, generator, seeds,
-    kind: int = -1, unconditional: Tensor | None = None, scale=None,
-):  # fmt: skip
-    """Launches the kernel; `ersde_fast.backends.run` says what the arguments are, and has checked them.
-
-    Args:
-        table: on the device of x, or on the host, from where its row is copied.
-    """
+def step(request: StepRequest):
+    """Launches the kernel for a step whose noise is a tensor or is drawn here."""
+    x, out, draws = request.x, request.out, request.draws
+    kind, unconditional, scale = (-1, None, None) if request.output is None else request.output
+    noise = request.noise if isinstance(request.noise, Tensor) else None
+    seeds = request.noise.seeds if isinstance(request.noise, Portable) else None
     next_sample = torch.empty_like(x) if out is None else out
     denoised = torch.empty_like(x) if kind >= 0 else None
     if x.numel() == 0:
@@ -369,9 +368,9 @@ def step(
     contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
     result = next_sample if next_sample.is_contiguous() else contiguous(next_sample)
     predicted = denoised if denoised is None or denoised.is_contiguous() else contiguous(denoised)
-    table, plan_index, step_index = rows(table, i, x.device)
+    table, plan_index, step_index = rows(request.plan.to(x.device).table, request.i, x.device)
     order = table.shape[-1] - 2 - COLUMNS_BEHIND
-    history = [d.contiguous() for d in history[:order]]
+    history = [d.contiguous() for d in request.history[:order]]
     own_scale = isinstance(scale, Tensor)
     read = [x, *history, *(t for t in (noise, unconditional) if t is not None)]
     own_seeds = isinstance(seeds, Tensor)
@@ -379,7 +378,7 @@ def step(
     seed = 0 if seeds is None or own_seeds else seeds
     if draws and noise is None and seeds is None:
         source = TORCH.value
-        seed, offset, threads = take_torch_stream(x, generator)
+        seed, offset, threads = take_torch_stream(x, request.noise.generator)
     else:
         source = NO_NOISE.value if seeds is None or not draws or noise is not None else PORTABLE.value
         if source == PORTABLE.value or plan_index is not None or own_scale:
@@ -444,15 +443,15 @@ def draws_as_torch(x: Tensor) -> bool:
 def _compare_with_torch(device: torch.device, dtype: torch.dtype) -> bool:
     generator = torch.Generator(device).manual_seed(0x5EED_0123_4567)
     torch.randn(3, device=device, generator=generator)
-    noise_alone = torch.zeros(1, 2 + COLUMNS_BEHIND, dtype=torch.float64, device=device)
-    noise_alone[0, 1] = 1  # a plan of order 0: w_x, w_noise
+    table = torch.zeros(1, 2 + COLUMNS_BEHIND, dtype=torch.float64, device=device)
+    table[0, 1] = 1  # a plan of order 0: w_x, w_noise
     for size in (4099, 300_007):
         drawn = torch.empty(size, dtype=dtype, device=device)
         before = generator.get_offset()
         expected = torch.randn(size, dtype=dtype, device=device, generator=generator)
         after = generator.get_offset()
         generator.set_offset(before)
-        step(noise_alone, 0, drawn, [], drawn, True, None, generator, None)
+        step(StepRequest(PlanStack(table, True), 0, drawn, [], TorchStream(generator), True, out=drawn))
         if generator.get_offset() != after or not torch.equal(drawn, expected):
             return False
     return True

@@ -8,7 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
-from ersde_fast.plan import COLUMNS_BEHIND
+from ersde_fast.noise import Portable
+from ersde_fast.plan import COLUMNS_BEHIND, PlanStack
+from ersde_fast.request import StepRequest
 
 HALF_ULP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
@@ -31,11 +33,11 @@ def backend(request):
         yield request.param
 
 
-def noise_alone(counter=0):
-    """The table of a plan of order 0 whose one step is the noise of that counter: w_x = 0, w_noise = 1."""
+def noise_alone(x, seeds, counter=0, shard=((), ()), out=None):
+    """The one step of a plan of order 0, which is the portable noise of that counter: w_x = 0, w_noise = 1."""
     table = torch.zeros(1, 2 + COLUMNS_BEHIND, dtype=torch.float64)
     table[0, 1], table[0, -1] = 1, counter % 2**32
-    return table
+    return StepRequest(PlanStack(table, True), 0, x, [], Portable(seeds, *shard), draws=True, out=out)
 
 
 def assert_step_exact(result, plan, i, x, history, noise=None):

@@ -19,7 +19,7 @@ from test_noise import EDGE_WORDS, MANY_SEEDS, many_normals
 import ersde_fast
 from conftest import noise_alone
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, torch_noise
-from ersde_fast.backends import _C, run
+from ersde_fast.backends import extension
 from ersde_fast.noise import box_muller, seed_table, specified_noise
 
 PATH = os.environ["ERSDE_CUDA_ON_HOST"]
@@ -36,8 +36,13 @@ EXAMPLES = int(os.environ.get("ERSDE_EXAMPLES", 300))
 
 def by_cuda(function, *args, **kwargs):
     """Calls a function of ersde_fast with the CUDA kernels behind it."""
-    with mock.patch.object(ersde_fast.step, "_C", cuda_on_host), mock.patch.object(ersde_fast.backends, "_C", cuda_on_host):
+    with mock.patch.object(extension, "_C", cuda_on_host):
         return function(*args, **kwargs)
+
+
+def drawn_by_cuda(*args, **kwargs):
+    """The noise of `noise_alone`."""
+    return by_cuda(extension.CPU.run, noise_alone(*args, **kwargs))
 
 
 def offset_by(t, elements):
@@ -109,14 +114,14 @@ def test_samples_at_their_own_steps_of_their_own_plans(data, predicts):
     assert not expected[0].isnan().any()
 
 
-@pytest.mark.parametrize("extension", [cuda_on_host, _C])
+@pytest.mark.parametrize("module", [cuda_on_host, extension._C])
 @pytest.mark.parametrize("size", [8, 9])
 @pytest.mark.parametrize("step", [-1, 5, 2**40])
-def test_a_step_that_only_the_kernel_knows_and_that_does_not_exist_makes_nan(extension, size, step):
+def test_a_step_that_only_the_kernel_knows_and_that_does_not_exist_makes_nan(module, size, step):
     x, output = torch.randn(2, 1, size)
     ring = torch.zeros(3, 1, size)
     index = torch.tensor(step)
-    result = extension.step(
+    result = module.step(
         plan_of(3).table, index, x, [output], None, None, 3, None, 2, None, None, True, True, None, None, None, ring
     )  # fmt: skip
     assert result.isnan().all() and ring[step % 3].isnan().all()
@@ -145,9 +150,9 @@ def test_a_ring_of_predictions(data, order):
     for i in range(plan.num_steps):
         expected, denoised = fast_step(plan, i, expected, [outputs[i], *history], seed=7, prediction_type="v", backend="cpu")
         history = [denoised, *history][: order - 1]
-        for extension in (cuda_on_host, _C):
+        for module in (cuda_on_host, extension._C):
             slots = ring.clone()
-            following = extension.step(
+            following = module.step(
                 plan.table, step, result, [outputs[i]], None, None, 7, None, 2, None, None, True, True, None, None, None, slots
             )  # fmt: skip
             assert torch.equal(following, expected) and torch.equal(slots[i % order], denoised)
@@ -162,8 +167,7 @@ def test_shards(data):
     start = [data.draw(st.integers(0, n - 1)) for n in whole]
     shape = (2, *(data.draw(st.integers(1, n - s)) for n, s in zip(whole, start, strict=True)))
     seeds = seed_table([5, 6], 2)
-    shard = dict(seeds=seeds, global_shape=whole, global_start=start)
-    result = by_cuda(run, "cpu", noise_alone(3), 0, torch.zeros(shape), [], True, **shard)
+    result = drawn_by_cuda(torch.zeros(shape), seeds, 3, (whole, start))
     assert torch.equal(result, specified_noise(shape, seeds, 3, whole, start))
 
 
@@ -188,8 +192,8 @@ def test_torchs_stream(dtype, size, layout):
     expected, _ = torch_noise((1, size), 99, 8, torch_layout=layout)
     plan, history = plan_of(3), torch.randn(3, 1, size).to(dtype).unbind()
     with torch_stream(99, 8, threads):
-        vectors = by_cuda(run, "cpu", noise_alone(), 0, x, [], True, seeds=1)
-        elements = by_cuda(run, "cpu", noise_alone(), 0, offset_by(x, 1), [], True, seeds=1, out=offset_by(x, 1))
+        vectors = drawn_by_cuda(x, 1)
+        elements = drawn_by_cuda(offset_by(x, 1), 1, out=offset_by(x, 1))
         drawn = by_cuda(fast_step, plan, 4, x, history, seed=1, prediction_type="v")
     # Sine and logarithm are the same libm's here as in torch_noise, up to its own vectorised versions.
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}[dtype]
@@ -197,8 +201,8 @@ def test_torchs_stream(dtype, size, layout):
     assert torch.equal(vectors, elements)
     assert equal(drawn, fast_step(plan, 4, x, history, noise=vectors, prediction_type="v"))
     with torch_stream(99, 8, threads, in_memory=True):
-        assert torch.equal(by_cuda(run, "cpu", noise_alone(), 0, x, [], True, seeds=1), vectors)
-        assert torch.equal(by_cuda(run, "cpu", noise_alone(), 0, offset_by(x, 1), [], True, seeds=1), vectors)
+        assert torch.equal(drawn_by_cuda(x, 1), vectors)
+        assert torch.equal(drawn_by_cuda(offset_by(x, 1), 1), vectors)
 
 
 @pytest.mark.parametrize("size", [1023, 1024])
@@ -206,7 +210,7 @@ def test_torchs_stream_across_samples_of_their_own_guidance(size):
     x, unconditional, *history = torch.randn(5, 2, size).unbind()
     kwargs = dict(prediction_type="v", guidance=(unconditional, torch.tensor([1.0, 6.0], dtype=torch.float64)))
     with torch_stream(99, 8, 256):
-        noise = by_cuda(run, "cpu", noise_alone(), 0, torch.zeros(1, 2 * size), [], True, seeds=1).view(2, size)
+        noise = drawn_by_cuda(torch.zeros(1, 2 * size), 1).view(2, size)
         drawn = by_cuda(fast_step, plan_of(3), 4, x, history, seed=1, **kwargs)
     assert equal(drawn, fast_step(plan_of(3), 4, x, history, noise=noise, **kwargs))
 
@@ -214,12 +218,12 @@ def test_torchs_stream_across_samples_of_their_own_guidance(size):
 @pytest.mark.parametrize("size", [1, 255, 257, 1025])
 def test_torchs_float64_stream_is_normal_and_bounded(size):
     with torch_stream(99, 8, 256):
-        z = by_cuda(run, "cpu", noise_alone(), 0, torch.zeros(1, size, dtype=torch.float64), [], True, seeds=1)
+        z = drawn_by_cuda(torch.zeros(1, size, dtype=torch.float64), 1)
     assert torch.isfinite(z).all() and z.abs().max() < 9 and len(z.unique()) == size
 
 
 def test_the_portable_stream_over_many_counters_and_edge_words():
-    z = by_cuda(run, "cpu", noise_alone(-1), 0, torch.zeros(4, 2_500_000), [], True, seeds=seed_table(MANY_SEEDS, 4))
+    z = drawn_by_cuda(torch.zeros(4, 2_500_000), seed_table(MANY_SEEDS, 4), -1)
     assert torch.equal(z, many_normals())
     assert torch.equal(z[:, :100], portable_noise((4, 100), MANY_SEEDS, -1))
     a, b = (w.flatten() for w in torch.meshgrid(torch.tensor(EDGE_WORDS), torch.tensor(EDGE_WORDS), indexing="ij"))

@@ -7,7 +7,7 @@ import torch
 
 import ersde_fast
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob, torch_noise
-from ersde_fast.backends import _C
+from ersde_fast.backends.extension import _C
 from ersde_fast.noise import seed_table, specified_noise
 
 pytestmark = pytest.mark.gpu

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ersde_fast import portable_noise, torch_noise
-from ersde_fast.noise import _C, box_muller, philox, seed_table, specified_noise
+from ersde_fast.backends.extension import _C
+from ersde_fast.noise import box_muller, philox, seed_table, specified_noise
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("portable_noise.json").read_text())
 EDGE_WORDS = sorted(

@@ -11,8 +11,9 @@ from test_noise import EDGE_WORDS, MANY_SEEDS, many_normals
 from conftest import assert_step_exact, assert_sum_exact, noise_alone
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans
 from ersde_fast.kernels import er_sde_step as kernel
-from ersde_fast.noise import box_muller, seed_table
-from ersde_fast.plan import PREDICTION_TYPES
+from ersde_fast.noise import Portable, box_muller, seed_table
+from ersde_fast.plan import PREDICTION_TYPES, PlanStack
+from ersde_fast.request import StepRequest
 
 DTYPES = [torch.float32, torch.float64, torch.float16]  # the interpreter truncates to bfloat16 instead of rounding
 
@@ -96,7 +97,8 @@ def test_a_step_that_does_not_exist_or_was_not_given_its_history_makes_nan():
     table = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=3).table
     x, *history = torch.randn(4, 2, 9)
     for step, held in [(5, 3), (-1, 3), (4, 2)]:
-        result = kernel.step(table, torch.tensor(step), x, history[:held], None, True, None, None, seed_table(5, 2))
+        noise = Portable(seed_table(5, 2))
+        result = kernel.step(StepRequest(PlanStack(table, True), torch.tensor(step), x, history[:held], noise, True))
         assert result.isnan().all()
 
 
@@ -133,7 +135,7 @@ def test_unread_terms():
 def test_the_portable_stream_over_many_counters(monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", 2**18)  # the interpreter's time goes by programs
     x = torch.zeros(4, 2_500_000)
-    kernel.step(noise_alone(-1), 0, x, [], x, True, None, None, seed_table(MANY_SEEDS, 4))
+    kernel.step(noise_alone(x, seed_table(MANY_SEEDS, 4), -1, out=x))
     assert torch.equal(x, many_normals())
 
 

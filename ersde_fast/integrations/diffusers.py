@@ -16,10 +16,10 @@ try:
 except ImportError as error:
     raise ImportError('ERSDEScheduler needs diffusers: pip install "ersde-fast[diffusers]"') from error
 
-from ..arguments import NUMBER_OF_TYPE, check_step
 from ..choice import ORDER
 from ..plan import Plan, er_sde_plan
 from ..reference import linear_combination, prediction
+from ..request import NUMBER_OF_TYPE, ModelOutput, OutputArguments, checked
 from ..step import fast_step
 from .diffusers_arguments import Drawn, for_batch, is_whole, numbers, quantile, without_numpy
 from .diffusers_configs import check_that_they_are_read, known_keys, levels_class, translated
@@ -541,7 +541,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"generator must be one or {len(sample)}, one for each sample of the batch, got {len(generators)}")
         if generators == [generator] and generator.device.type == sample.device.type:
             return {"generator": generator}
-        check_step(plan, i, sample, history, prediction_type=kind)  # before anything is drawn
+        checked(plan, i, sample, history, output=OutputArguments(kind))  # before anything is drawn
         return {"noise": randn_tensor(sample.shape, generator=list(generators), device=sample.device, dtype=sample.dtype)}
 
     def _denoised(self, plan: Plan, i: int, index: int, sample: Tensor, model_output: Tensor) -> tuple[Tensor, str]:
@@ -552,7 +552,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             return model_output, made_by
         exact = torch.promote_types(sample.dtype, torch.float32)
         if fused:
-            denoised = prediction(plan.rows[i], sample, model_output, NUMBER_OF_TYPE[made_by], None, None, exact)
+            denoised = prediction(plan.rows[i], sample, model_output, ModelOutput(NUMBER_OF_TYPE[made_by]), exact)
         else:
             denoised = linear_combination(list(zip(made_by, (sample, model_output), strict=True)), sample, exact)
         if config.thresholding:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..noise import portable_noise
+from ..draw import portable_noise
 from ..sample import sample_er_sde
 from ..schedules import karras_sigmas
 

@@ -1,42 +1,105 @@
-"""What the step refuses, in words: every check of `fast_step` and `reference_step`, before anything is written or drawn."""
+"""`StepRequest`: all that one step is; and every check of what a caller asks for, in words, before anything is written or drawn."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .noise import MAX_POSITIONS, TORCH_PIECE, check_torch_layout, has_values, seeds_of
+from .backends.base import FLOATS
+from .noise import MAX_POSITIONS, TORCH_PIECE, Portable, TorchStream, check_torch_layout, has_values, seeds_of
 from .plan import PREDICTION_TYPES, Plan, PlanStack, Row
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NUMBER_OF_TYPE = {None: -1} | {name: k for k, name in enumerate(PREDICTION_TYPES)}
 
 
-def check_step(
-    plan,
-    i,
-    x,
-    history,
-    noise=None,
-    generator=None,
-    seed=None,
-    out=None,
-    global_shape=None,
-    global_start=None,
-    torch_layout=None,
-    prediction_type=None,
-    guidance=None,
-) -> int:
-    """Raises ValueError or TypeError, naming the argument, for anything the step cannot do.
+class ModelOutput(NamedTuple):
+    """That history[0] is a model's output, and what makes the prediction of it.
 
-    Returns how much of the history the step reads.
+    Attributes:
+        kind: the number of its prediction type.
+        unconditional: the output that guides it, of the shape of x, or None.
+        scale: of the guidance, a number or float64 [batch].
+    """
+
+    kind: int
+    unconditional: Tensor | None = None
+    scale: float | Tensor | None = None
+
+
+class StepRequest(NamedTuple):
+    """One step, checked.
+
+    Attributes:
+        plan: whose table holds the weights, on the host or where x lies.
+        i: a number, an int64 tensor [], or a pair (plan_index, step_index) of int64 [batch].
+        x: [batch, ...] the current sample.
+        history: as many predictions of the shape of x, newest first, as the step may read; with `output` the first is the model's.
+        noise: what the step adds: a tensor of the shape of x, or the stream that it is drawn from.
+        draws: whether a stream is drawn from; where the step is known, whether its weight of the noise is not 0.
+        output: None where history holds predictions alone.
+        out: where to write, or None.
+        ring: [order, *x.shape], whose slot s mod order holds the prediction of step s. history is then the model's output alone,
+            and the new prediction goes to the ring; i is a tensor on the device of x.
+    """
+
+    plan: Plan | PlanStack
+    i: int | Tensor | tuple[Tensor, Tensor]
+    x: Tensor
+    history: Sequence[Tensor]
+    noise: Tensor | Portable | TorchStream = TorchStream()
+    draws: bool = False
+    output: ModelOutput | None = None
+    out: Tensor | None = None
+    ring: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is read."""
+        tensors = [self.x, *self.history]
+        if isinstance(self.noise, Tensor):
+            tensors.append(self.noise)
+        if self.output is not None and self.output.unconditional is not None:
+            tensors.append(self.output.unconditional)
+        return tensors
+
+
+class NoiseArguments(NamedTuple):
+    """The arguments of `fast_step` that say where the noise comes from, as they were given."""
+
+    noise: Tensor | None = None
+    generator: torch.Generator | None = None
+    seed: object = None
+    global_shape: Sequence[int] | None = None
+    global_start: Sequence[int] | None = None
+    torch_layout: tuple[int, int] | None = None
+
+
+class OutputArguments(NamedTuple):
+    """The arguments of `fast_step` that say what history[0] is, as they were given."""
+
+    prediction_type: str | None = None
+    guidance: object = None
+
+
+NO_SOURCE, PREDICTIONS = NoiseArguments(), OutputArguments()
+
+
+def checked(
+    plan, i, x, history, given: NoiseArguments = NO_SOURCE, output: OutputArguments = PREDICTIONS, out=None
+) -> StepRequest:
+    """The request for a step, whose history is cut to what the step reads.
+
+    Raises:
+        ValueError, TypeError: naming the argument, for anything the step cannot do.
     """
     _check_tensor("x", x)
     uses = _check_index(plan, i, x)
-    if not isinstance(prediction_type, (str, type(None))) or prediction_type not in NUMBER_OF_TYPE:
+    if not isinstance(output.prediction_type, (str, type(None))) or output.prediction_type not in NUMBER_OF_TYPE:
         names = ", ".join(map(repr, PREDICTION_TYPES))
-        raise ValueError(f"prediction_type must be None or one of {names}, got {prediction_type!r}")
-    if prediction_type is not None:
+        raise ValueError(f"prediction_type must be None or one of {names}, got {output.prediction_type!r}")
+    if output.prediction_type is not None:
         uses = max(uses, 1)
     if not isinstance(history, (list, tuple)):
         raise TypeError(f"history must be a list of predictions, newest first, got {type(history).__name__}")
@@ -45,7 +108,17 @@ def check_step(
         raise ValueError(f"history must hold the {uses} newest predictions{at}, got {len(history)}")
     for j, denoised in enumerate(history[:uses]):
         check_like(f"history[{j}]", denoised, x)
-    guides = _check_guidance(plan, i, x, prediction_type, guidance)
+    row = known_row(plan, i)
+    _check_output(row, i, x, output)
+    draws = plan.draws if row is None else row.w_noise != 0
+    request = StepRequest(plan, i, x, history[:uses], _checked_noise(x, given), draws, model_output(output), out)
+    if out is not None:
+        _check_out(request)
+    return request
+
+
+def _checked_noise(x: Tensor, given: NoiseArguments) -> Tensor | Portable | TorchStream:
+    noise, generator, seed, global_shape, global_start, torch_layout = given
     check_one_source(noise=noise, generator=generator, seed=seed)
     if noise is not None:
         check_like("noise", noise, x)
@@ -55,7 +128,7 @@ def check_step(
         if generator.device.type != x.device.type or (generator.device.index or 0) != (x.device.index or 0):
             raise ValueError(f"generator must be on the device of x, {x.device}, got one on {generator.device}")
     if seed is not None and type(seed) is not int:
-        seeds_of(seed, x)
+        seed = seeds_of(seed, x)
     _check_shard(x, seed, global_shape, global_start)
     if torch_layout is not None:
         check_torch_layout(torch_layout)
@@ -63,9 +136,16 @@ def check_step(
             raise ValueError("torch_layout names torch's stream: give it without noise= and seed=")
         if x.numel() * x.element_size() > TORCH_PIECE:
             raise ValueError(f"torch_layout needs x below 2 GiB, got {tuple(x.shape)}: torch draws larger tensors in pieces")
-    if out is not None:
-        _check_out(out, x, history[:uses], noise, guides)
-    return uses
+    return noise_of(given._replace(seed=seed))
+
+
+def noise_of(given: NoiseArguments) -> Tensor | Portable | TorchStream:
+    """What a request says of checked arguments; the seeds as they are."""
+    if given.noise is not None:
+        return given.noise
+    if given.seed is not None:
+        return Portable(given.seed, given.global_shape or (), given.global_start or ())
+    return TorchStream(given.generator, given.torch_layout)
 
 
 def _check_index(plan, i, x: Tensor) -> int:
@@ -118,31 +198,33 @@ def known_row(plan, i) -> Row | None:
     return plan.rows[i]
 
 
-def prediction_arguments(prediction_type, guidance) -> tuple:
-    """The number of the prediction type (-1: none), the unconditional output and the scale, of checked arguments."""
-    unconditional, scale = (None, None) if guidance is None else _pair_of(guidance)
-    return NUMBER_OF_TYPE[prediction_type], unconditional, scale
+def model_output(given: OutputArguments) -> ModelOutput | None:
+    """What a request says of checked arguments."""
+    if given.prediction_type is None:
+        return None
+    unconditional, scale = (None, None) if given.guidance is None else pair_of(given.guidance)
+    return ModelOutput(NUMBER_OF_TYPE[given.prediction_type], unconditional, scale)
 
 
-def _pair_of(guidance):
+def pair_of(guidance):
     """The unconditional output and the scale; a tensor of two rows is no pair, though it unpacks into two."""
     if not isinstance(guidance, (tuple, list)) or len(guidance) != 2:
         raise TypeError(f"guidance must be a pair (unconditional output, scale), got {type(guidance).__name__}")
     return guidance
 
 
-def _check_guidance(plan, i, x: Tensor, prediction_type, guidance) -> list[tuple[str, Tensor]]:
-    """Checks what turns a model's output into a prediction, and names the tensor that it reads."""
-    row = known_row(plan, i)
+def _check_output(row: Row | None, i, x: Tensor, output: OutputArguments) -> None:
+    """Checks what turns a model's output into a prediction."""
+    prediction_type, guidance = output
     if prediction_type is not None and row and not math.isfinite(row.predictions[NUMBER_OF_TYPE[prediction_type]][0]):
         raise ValueError(
             f'prediction_type "{prediction_type}" says nothing of the clean sample where alpha is 0, as at step {int(i)}'
         )
     if guidance is None:
-        return []
+        return
     if prediction_type is None:
         raise ValueError('guidance needs a prediction_type ("sample" where the model predicts the clean sample)')
-    unconditional, scale = _pair_of(guidance)
+    unconditional, scale = pair_of(guidance)
     check_like("guidance[0]", unconditional, x)
     if isinstance(scale, Tensor):
         batch = x.shape[0] if x.dim() else 1
@@ -153,7 +235,6 @@ def _check_guidance(plan, i, x: Tensor, prediction_type, guidance) -> list[tuple
         _check_device("guidance[1]", scale, x.device)
     elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
         raise TypeError(f"guidance[1] must be a finite number or float64 [batch], got {scale!r}")
-    return [("guidance[0]", unconditional)]
 
 
 def check_one_source(**sources) -> None:
@@ -214,16 +295,16 @@ def _check_shard(x: Tensor, seed, global_shape, global_start) -> None:
         raise ValueError(f"global_shape must have at most 2^42 elements, got {math.prod(global_shape)}")
 
 
-def _check_out(out, x: Tensor, history, noise, guides) -> None:
+def _check_out(request: StepRequest) -> None:
+    x, out = request.x, request.out
     check_like("out", out, x)
     if out.dtype != x.dtype:
         raise TypeError(f"out must have the dtype of x, {x.dtype}, got {out.dtype}")
-    inputs = [
-        ("x", x),
-        *((f"history[{j}]", d) for j, d in enumerate(history)),
-        *guides,
-        *([("noise", noise)] if noise is not None else []),
-    ]
+    inputs = [("x", x), *((f"history[{j}]", d) for j, d in enumerate(request.history))]
+    if request.output is not None and request.output.unconditional is not None:
+        inputs.append(("guidance[0]", request.output.unconditional))
+    if isinstance(request.noise, Tensor):
+        inputs.append(("noise", request.noise))
     if torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in [*inputs, ("out", out)]):
         raise ValueError("out must not be given where a gradient is required: use the returned tensor, or torch.no_grad()")
     if _overlaps_itself(out):

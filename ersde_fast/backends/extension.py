@@ -1,0 +1,120 @@
+"""The compiled kernels: the extension's, on CPUs and on CUDA devices."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..extension import _C, REASONS, WHY_NOT
+from ..noise import Portable, TorchStream
+from ..reference import table_for
+from .base import FLOATS, Backend, refuses_tensors
+
+
+class Extension(Backend):
+    """The extension's kernel for one type of device."""
+
+    keeps_ring = True
+
+    def __init__(self, name: str):
+        self.name, self.kernel_for = name, (name,)
+
+    def unavailable(self) -> str | None:
+        return WHY_NOT if _C is None else None
+
+    def refuses(self, request) -> str | None:
+        return refuses_tensors(request, request.x.device.type == self.name)
+
+    def run(self, request):
+        noise = request.noise
+        if isinstance(noise, TorchStream) and request.draws and not self.draws(noise, request.x.device):
+            noise = noise.draw(request.x)
+        result = call(request, noise)
+        if result is None:
+            raise RuntimeError(f'backend "{self.name}" refused a step that it should run: please report this')
+        return result
+
+    def draws(self, stream: TorchStream, device: torch.device) -> bool:
+        """Whether the kernel draws torch's stream itself; elsewhere torch.randn draws it."""
+        return False
+
+    def noise(self, shape, seeds, step, device) -> Tensor | None:
+        if self.unavailable() is not None or device.type != self.name:
+            return None
+        noise = torch.empty(shape, dtype=torch.float32, device=device)
+        _C.portable_noise(noise, seeds, step)
+        return noise
+
+
+class CUDAExtension(Extension):
+    draws_torch_layout = True
+
+    def unavailable(self) -> str | None:
+        if _C is None:
+            return WHY_NOT
+        if not _C.has_cuda:
+            return REASONS.get(
+                "cuda", "the extension was built without CUDA: reinstall ersde-fast beside a torch with CUDA and nvcc"
+            )
+        return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+    def draws(self, stream: TorchStream, device: torch.device) -> bool:
+        if _torch_stream_is_as_here(device):
+            return True
+        if stream.layout is not None:
+            raise ValueError(f"torch_layout cannot be drawn on {device}: torch's stream there is not the one that is known")
+        return False
+
+
+def call(request, noise):
+    """The step by the extension; None where it is none that it runs."""
+    tensor = noise if isinstance(noise, Tensor) else None
+    portable = noise if isinstance(noise, Portable) else Portable(None)
+    stream = noise if isinstance(noise, TorchStream) else TorchStream()
+    kind, unconditional, scale = (-1, None, None) if request.output is None else request.output
+    return _C.step(
+        table_for(request.plan, request.i, request.x), request.i, request.x, request.history, tensor, stream.generator,
+        portable.seeds, request.out, kind, unconditional, scale, request.draws, True, list(portable.global_shape),
+        list(portable.global_start), list(stream.layout or ()), request.ring,
+    )  # fmt: skip
+
+
+def torch_noise(out: Tensor, seed: int, offset: int, layout: tuple[int, int]) -> int:
+    """Fills a contiguous tensor with what torch.randn draws on a card of that layout; returns by how much the offset grows."""
+    return _C.torch_noise(out, seed, offset, *layout)
+
+
+CPU, CUDA = Extension("cpu"), CUDAExtension("cuda")
+
+
+def _torch_stream_is_as_here(device: torch.device) -> bool:
+    """Whether the stream drawn in the kernel is what torch.randn draws on this device: compared on first use.
+
+    Nothing is compared while a graph is being captured: that call then takes torch.randn, which a graph may hold too.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if _C.torch_stream(index) == 0 and not torch.cuda.is_current_stream_capturing():
+        same = all(_draws_as_torch(torch.device("cuda", index), dtype) for dtype in FLOATS)
+        _C.set_torch_stream(index, same)
+        if not same:
+            warnings.warn(
+                f"torch {torch.__version__} draws normal noise on {torch.cuda.get_device_name(index)} in another order than "
+                f"ersde-fast knows: noise comes from torch.randn there, and the step reads it",
+                stacklevel=5,
+            )
+    return _C.torch_stream(index) == 1
+
+
+def _draws_as_torch(device: torch.device, dtype: torch.dtype) -> bool:
+    properties = torch.cuda.get_device_properties(device)
+    generator = torch.Generator(device).manual_seed(0x5EED_0123_4567)
+    torch.randn(3, device=device, generator=generator)
+    for size in (4099, 300_007):
+        offset = generator.get_offset()
+        expected = torch.randn(size, dtype=dtype, device=device, generator=generator)
+        drawn = torch.empty_like(expected)
+        layout = (properties.multi_processor_count, properties.max_threads_per_multi_processor)
+        grows = torch_noise(drawn, generator.initial_seed(), offset, layout)
+        if not torch.equal(drawn, expected) or generator.get_offset() != offset + grows:
+            return False
+    return True
