@@ -303,20 +303,49 @@ bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at
 // A list of numbers, empty for None.
 std::vector<int64_t> numbers(py::handle h) { return h.is_none() ? std::vector<int64_t>() : h.cast<std::vector<int64_t>>(); }
 
-// See fast_step in step.py for the arguments. table: of the plan, [num_steps, columns], or of several, [num_plans, ...], float64.
-// seed: None, an int, or an int64 tensor [batch, 2] of (seed, sample). prediction_type: its number, or -1. scale: a number, or a
-// float64 tensor [batch]. draws: whether any row adds noise. ring: with a prediction_type, [order, *x.shape], whose slot
-// s mod order holds the prediction of step s; history is then the model's output alone, and the new prediction goes to the ring.
-py::object step(py::handle table_object, py::handle i, py::handle x_object, py::handle history, py::handle noise,
-                py::handle generator, py::handle seed, py::handle out_object, int prediction_type, py::handle unconditional,
-                py::handle scale, bool draws, bool trusted, py::handle global_shape, py::handle global_start,
-                py::handle torch_layout_object, py::handle ring_object) {
+// What `step` is called with: four arguments by position, the others by keyword. See fast_step in step.py and StepRequest in
+// request.py for them.
+struct StepCall {
+  py::handle table;  // of the plan, [num_steps, columns], or of several, [num_plans, ...], float64
+  py::handle i, x, history;
+  py::handle noise = Py_None, generator = Py_None, seed = Py_None;  // seed: an int, or an int64 tensor [batch, 2] of (seed, sample)
+  py::handle draws = Py_False;                                     // whether any row adds noise
+  py::handle prediction_type = Py_None;                            // its number
+  py::handle unconditional = Py_None, scale = Py_None;             // scale: a number, or a float64 tensor [batch]
+  py::handle out = Py_None, ring = Py_None;
+  py::handle global_shape = Py_None, global_start = Py_None, torch_layout = Py_None;
+  py::handle trusted = Py_False;  // whether the arguments have been checked, by a caller that is autograd's own where it matters
+};
+
+struct StepKeyword {
+  const char* name;
+  py::handle StepCall::*argument;
+  PyObject* interned;
+};
+StepKeyword kStepKeywords[] = {
+    {"noise", &StepCall::noise, nullptr},
+    {"generator", &StepCall::generator, nullptr},
+    {"seed", &StepCall::seed, nullptr},
+    {"draws", &StepCall::draws, nullptr},
+    {"prediction_type", &StepCall::prediction_type, nullptr},
+    {"unconditional", &StepCall::unconditional, nullptr},
+    {"scale", &StepCall::scale, nullptr},
+    {"out", &StepCall::out, nullptr},
+    {"ring", &StepCall::ring, nullptr},
+    {"global_shape", &StepCall::global_shape, nullptr},
+    {"global_start", &StepCall::global_start, nullptr},
+    {"torch_layout", &StepCall::torch_layout, nullptr},
+    {"trusted", &StepCall::trusted, nullptr},
+};
+
+py::object step(const StepCall& call, int prediction_type) {
   StepArgs a{};
-  const at::Tensor *table_found = tensor_of(table_object), *x_found = tensor_of(x_object), *ring = tensor_of(ring_object);
+  const at::Tensor *table_found = tensor_of(call.table), *x_found = tensor_of(call.x), *ring = tensor_of(call.ring);
   if (!table_found || !x_found) return py::none();
   const at::Tensor &table = *table_found, &x = *x_found;
   at::Tensor z, out, denoised, seeds, slot;
-  const bool grad_mode = c10::GradMode::is_enabled(), predicts = prediction_type >= 0;
+  const bool grad_mode = c10::GradMode::is_enabled(), predicts = prediction_type >= 0, trusted = call.trusted.ptr() == Py_True;
+  bool draws = call.draws.ptr() == Py_True;
   const auto fits = [&](const at::Tensor& t) { return is_plain(t) && (trusted || !is_differentiated(t, grad_mode)); };
   if (!dtype_of(x, a.out.dtype) || !is_here(x.device()) || !fits(x)) return py::none();
   if (x.dim() >= ersde::kMaxDims || (!trusted && is_traced())) return py::none();
@@ -328,14 +357,14 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
     return t && is_operand(*t, dtype) ? t : nullptr;
   };
   int64_t known_step;
-  if (!set_rows(a.rows, table, i, x, ring, known_step)) return py::none();
+  if (!set_rows(a.rows, table, call.i, x, ring, known_step)) return py::none();
   const double* row = a.rows.table ? nullptr : a.rows.row;
   const int64_t order = table.size(-1) - 2 - ersde::kColumnsBehind;
   if (row) draws = row[order + 1] != 0;
 
   // How many predictions are read: what the row says; else all that there can be.
-  if (!PyList_Check(history.ptr()) && !PyTuple_Check(history.ptr())) return py::none();
-  const int64_t given = PySequence_Fast_GET_SIZE(history.ptr());
+  if (!PyList_Check(call.history.ptr()) && !PyTuple_Check(call.history.ptr())) return py::none();
+  const int64_t given = PySequence_Fast_GET_SIZE(call.history.ptr());
   int64_t uses = known_step < 0 ? order : std::min(order, known_step + 1);
   while (row && uses > 0 && row[uses] == 0) --uses;
   if (predicts) uses = std::max<int64_t>(uses, 1);
@@ -365,16 +394,16 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
   add_term(x, 0, a.out.dtype);
   for (int64_t k = 0; k < uses; ++k) {
     DType dtype = slot_dtype;
-    const at::Tensor* t = ring && k > 0 ? &slot : operand_of(PySequence_Fast_GET_ITEM(history.ptr(), k), dtype);
+    const at::Tensor* t = ring && k > 0 ? &slot : operand_of(PySequence_Fast_GET_ITEM(call.history.ptr(), k), dtype);
     if (!t) return py::none();
     add_term(*t, k + 1, dtype);
   }
   if (predicts) {
     a.rows.prediction_column = (int)order + 2 + 2 * prediction_type;
     if (row && !std::isfinite(row[a.rows.prediction_column])) return py::none();
-    if (!unconditional.is_none()) {
+    if (!call.unconditional.is_none()) {
       DType dtype;
-      const at::Tensor *guide = operand_of(unconditional, dtype), *scales = tensor_of(scale);
+      const at::Tensor *guide = operand_of(call.unconditional, dtype), *scales = tensor_of(call.scale);
       if (!guide) return py::none();
       a.rows.guided = true;
       add_operand(a.guide, *guide, dtype);
@@ -383,38 +412,38 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
         if (scales->device() != x.device() || !scales->is_contiguous()) return py::none();
         a.rows.scales = scales->const_data_ptr<double>();
       } else {
-        a.rows.scale = PyFloat_AsDouble(scale.ptr());
+        a.rows.scale = PyFloat_AsDouble(call.scale.ptr());
         if (PyErr_Occurred()) PyErr_Clear();  // it is -1 then
-        if (!std::isfinite(a.rows.scale) || !(PyFloat_Check(scale.ptr()) || PyLong_Check(scale.ptr()))) return py::none();
+        if (!std::isfinite(a.rows.scale) || !(PyFloat_Check(call.scale.ptr()) || PyLong_Check(call.scale.ptr()))) return py::none();
       }
     }
-  } else if (!unconditional.is_none()) {
+  } else if (!call.unconditional.is_none()) {
     return py::none();
   }
 
-  if (!noise.is_none() + !generator.is_none() + !seed.is_none() > 1) return py::none();
-  if (!noise.is_none()) {
+  if (!call.noise.is_none() + !call.generator.is_none() + !call.seed.is_none() > 1) return py::none();
+  if (!call.noise.is_none()) {
     DType dtype;
-    const at::Tensor* given_noise = operand_of(noise, dtype);
+    const at::Tensor* given_noise = operand_of(call.noise, dtype);
     if (!given_noise) return py::none();
     add_term(*given_noise, order + 1, dtype);
   }
   std::optional<at::Generator> torch_generator;
-  if (!generator.is_none()) {
-    if (!THPGenerator_Check(generator.ptr())) return py::none();
-    torch_generator = py::cast<at::Generator>(generator);
+  if (!call.generator.is_none()) {
+    if (!THPGenerator_Check(call.generator.ptr())) return py::none();
+    torch_generator = py::cast<at::Generator>(call.generator);
     const at::Device on = torch_generator->device();  // its index may be left open
     if (on.type() != x.device().type() || (on.has_index() && x.device().has_index() && on != x.device())) return py::none();
   }
   const OnDevice here(x.device());
-  if (!seed.is_none() && !set_seeds(a, seed, x.device(), seeds)) return py::none();
-  if (draws && a.rows.index_stride && noise.is_none() && seed.is_none()) return py::none();
+  if (!call.seed.is_none() && !set_seeds(a, call.seed, x.device(), seeds)) return py::none();
+  if (draws && a.rows.index_stride && call.noise.is_none() && call.seed.is_none()) return py::none();
 
-  if (out_object.is_none()) {
+  if (call.out.is_none()) {
     out = memory_like(x);
   } else {
     DType out_dtype;
-    const at::Tensor* given_out = operand_of(out_object, out_dtype);
+    const at::Tensor* given_out = operand_of(call.out, out_dtype);
     if (!given_out || out_dtype != a.out.dtype) return py::none();
     out = *given_out;
     if (!trusted) {
@@ -438,18 +467,18 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
     add_operand(a.denoised, denoised, a.out.dtype);
   }
   const auto result = [&] {
-    const py::object next = out_object.is_none() ? py::cast(out) : py::reinterpret_borrow<py::object>(out_object);
+    const py::object next = call.out.is_none() ? py::cast(out) : py::reinterpret_borrow<py::object>(call.out);
     return predicts && !ring ? py::object(py::make_tuple(next, denoised)) : next;
   };
   a.numel = out.numel();
   if (a.numel == 0) return result();
 
-  if (draws && noise.is_none()) {
-    if (!seed.is_none()) {
+  if (draws && call.noise.is_none()) {
+    if (!call.seed.is_none()) {
       a.drawn.source = ersde::Noise::portable;
     } else {
 #ifdef ERSDE_WITH_CUDA
-      const std::vector<int64_t> torch_layout = numbers(torch_layout_object);
+      const std::vector<int64_t> torch_layout = numbers(call.torch_layout);
       if (x.is_cuda() && (!torch_layout.empty() || torch_draws_in_one_piece(x))) {
         const auto stream = torch_stream_of_device[x.get_device()];
         if (stream == TorchStream::unchecked) return py::none();
@@ -467,25 +496,43 @@ py::object step(py::handle table_object, py::handle i, py::handle x_object, py::
   a.batched = a.drawn.source == ersde::Noise::portable || a.rows.index_stride || a.rows.scales;
   a.out.data = static_cast<char*>(out.mutable_data_ptr());
   pairs.push_back({&out, &a.out});
-  set_shape(a, pairs, numbers(global_shape), numbers(global_start));
+  set_shape(a, pairs, numbers(call.global_shape), numbers(call.global_start));
   run(a, pairs, x.device());
   return result();
 }
 
 // step, as Python calls it: without pybind11's conversions, which take longer than the rest of a small step's checks.
-PyObject* step_of_python(PyObject*, PyObject* const* v, Py_ssize_t given) {
+PyObject* step_of_python(PyObject*, PyObject* const* given, Py_ssize_t by_position, PyObject* keywords) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(given == 17, "step takes 17 arguments, got ", given);
-  const long prediction_type = PyLong_AsLong(v[8]);
-  if (prediction_type == -1 && PyErr_Occurred()) return nullptr;
-  TORCH_CHECK_VALUE(prediction_type < (ersde::kColumnsBehind - 1) / 2, "there is no prediction type ", prediction_type);
-  return step(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], (int)prediction_type, v[9], v[10], v[11] == Py_True, v[12] == Py_True, v[13],
-              v[14], v[15], v[16])
-      .release()
-      .ptr();
+  TORCH_CHECK_TYPE(by_position == 4, "step takes 4 arguments by position, got ", by_position);
+  StepCall call{given[0], given[1], given[2], given[3]};
+  constexpr size_t known = std::size(kStepKeywords);
+  size_t next = 0;  // callers keep to the order above, so that the first name compared is the one
+  for (Py_ssize_t k = 0; k < (keywords ? PyTuple_GET_SIZE(keywords) : 0); ++k) {
+    PyObject* name = PyTuple_GET_ITEM(keywords, k);
+    size_t tried = 0;
+    const auto is_named = [&](const StepKeyword& keyword) {
+      return keyword.interned == name || PyUnicode_CompareWithASCIIString(name, keyword.name) == 0;
+    };
+    while (tried < known && !is_named(kStepKeywords[next])) {
+      next = (next + 1) % known;
+      ++tried;
+    }
+    TORCH_CHECK_TYPE(tried < known, "step has no argument ", py::str(name).cast<std::string>());
+    call.*kStepKeywords[next].argument = given[by_position + k];
+    next = (next + 1) % known;
+  }
+  long prediction_type = -1;
+  if (!call.prediction_type.is_none()) {
+    prediction_type = PyLong_AsLong(call.prediction_type.ptr());
+    if (prediction_type == -1 && PyErr_Occurred()) return nullptr;
+    TORCH_CHECK_VALUE(prediction_type >= 0 && prediction_type < ersde::kPredictionTypes, "there is no prediction type ", prediction_type);
+  }
+  return step(call, (int)prediction_type).release().ptr();
   END_HANDLE_TH_ERRORS
 }
-PyMethodDef kStepMethods[] = {{"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step_of_python)), METH_FASTCALL, nullptr},
+PyMethodDef kStepMethods[] = {{"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step_of_python)),
+                               METH_FASTCALL | METH_KEYWORDS, nullptr},
                               {nullptr, nullptr, 0, nullptr}};
 
 // out = the noise alone: a step of one term whose weight is 0, so that the kernels for one term serve.
@@ -609,6 +656,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+  for (StepKeyword& keyword : kStepKeywords) keyword.interned = PyUnicode_InternFromString(keyword.name);
   if (PyModule_AddFunctions(m.ptr(), kStepMethods) != 0) throw py::error_already_set();
   m.def("plan", &plan);
   m.def("portable_noise", &portable_noise);

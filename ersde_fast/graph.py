@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .backends import BACKENDS
 from .noise import Portable, TorchStream, has_values, seed_table
-from .plan import Plan
-from .request import NUMBER_OF_TYPE, OutputArguments, StepRequest, model_output
+from .plan import PREDICTION_TYPES, Plan
+from .request import OutputArguments, StepRequest, model_output
 from .step import fast_step, step_of
 
 
@@ -31,8 +31,8 @@ class _Captured:
         prediction_type="sample",
         guidance_scale=None,
     ):
-        if prediction_type not in NUMBER_OF_TYPE or prediction_type is None:
-            raise ValueError(f"prediction_type must be one of {', '.join(list(NUMBER_OF_TYPE)[1:])}, got {prediction_type!r}")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
         if not shape:
             raise ValueError("shape must have a batch dimension, got ()")
         self.model, self.prediction_type, self.guidance_scale, self.captured_for = model, prediction_type, guidance_scale, plan

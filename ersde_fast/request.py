@@ -11,7 +11,7 @@ from .backends.base import FLOATS
 from .noise import MAX_POSITIONS, TORCH_PIECE, Portable, TorchStream, check_torch_layout, has_values, seeds_of
 from .plan import PREDICTION_TYPES, Plan, PlanStack, Row
 
-NUMBER_OF_TYPE = {None: -1} | {name: k for k, name in enumerate(PREDICTION_TYPES)}
+NUMBER_OF_TYPE = {name: k for k, name in enumerate(PREDICTION_TYPES)}
 
 
 class ModelOutput(NamedTuple):
@@ -96,7 +96,7 @@ def checked(
     """
     _check_tensor("x", x)
     uses = _check_index(plan, i, x)
-    if not isinstance(output.prediction_type, (str, type(None))) or output.prediction_type not in NUMBER_OF_TYPE:
+    if output.prediction_type is not None and output.prediction_type not in PREDICTION_TYPES:
         names = ", ".join(map(repr, PREDICTION_TYPES))
         raise ValueError(f"prediction_type must be None or one of {names}, got {output.prediction_type!r}")
     if output.prediction_type is not None:

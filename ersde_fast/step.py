@@ -84,17 +84,20 @@ def fast_step(
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
     whole = global_shape is None and global_start is None and torch_layout is None
     if extension._C is not None and backend is None and whole and not return_log_prob:
+        result, table = None, getattr(plan, "table", None)
         if prediction_type is None and guidance is None:
-            kind, unconditional, scale = -1, None, None
-        else:
-            kind, unconditional, scale = _output_if_plain(prediction_type, guidance)
-        if kind is not None and (table := getattr(plan, "table", None)) is not None:
+            if table is not None:
+                result = extension._C.step(
+                    table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, out=out
+                )
+        elif table is not None and (output := _output_if_plain(prediction_type, guidance)) is not None:
+            kind, unconditional, scale = output
             result = extension._C.step(
-                table, i, x, history, noise, generator, seeds, out, kind, unconditional, scale, plan.draws, False, None, None,
-                None, None,
+                table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, prediction_type=kind,
+                unconditional=unconditional, scale=scale, out=out,
             )  # fmt: skip
-            if result is not None:
-                return result
+        if result is not None:
+            return result
 
     given = NoiseArguments(noise, generator, seed, global_shape, global_start, torch_layout)
     request = checked(plan, i, x, history, given, OutputArguments(prediction_type, guidance), out)
@@ -118,13 +121,13 @@ def step_of(request: StepRequest, backend: str | None = None):
     return choose(request, backend).run(request)
 
 
-def _output_if_plain(prediction_type, guidance) -> tuple:
-    """The number of the prediction type, the unconditional output and the scale; without complaint None for the first where
-    something is wrong. A tuple, since to make a ModelOutput would be a tenth of a small step."""
+def _output_if_plain(prediction_type, guidance) -> tuple | None:
+    """The number of the prediction type, the unconditional output and the scale; without complaint None where something is wrong.
+    A tuple, since to make a ModelOutput would be a tenth of a small step."""
     try:
         return NUMBER_OF_TYPE[prediction_type], *((None, None) if guidance is None else pair_of(guidance))
     except (KeyError, TypeError, ValueError):
-        return None, None, None
+        return None
 
 
 def _and_log_prob(result, request: StepRequest, wanted: bool):

@@ -122,7 +122,7 @@ def test_a_step_that_only_the_kernel_knows_and_that_does_not_exist_makes_nan(mod
     ring = torch.zeros(3, 1, size)
     index = torch.tensor(step)
     result = module.step(
-        plan_of(3).table, index, x, [output], None, None, 3, None, 2, None, None, True, True, None, None, None, ring
+        plan_of(3).table, index, x, [output], seed=3, draws=True, prediction_type=2, ring=ring, trusted=True
     )  # fmt: skip
     assert result.isnan().all() and ring[step % 3].isnan().all()
 
@@ -153,7 +153,7 @@ def test_a_ring_of_predictions(data, order):
         for module in (cuda_on_host, extension._C):
             slots = ring.clone()
             following = module.step(
-                plan.table, step, result, [outputs[i]], None, None, 7, None, 2, None, None, True, True, None, None, None, slots
+                plan.table, step, result, [outputs[i]], seed=7, draws=True, prediction_type=2, ring=slots, trusted=True
             )  # fmt: skip
             assert torch.equal(following, expected) and torch.equal(slots[i % order], denoised)
         ring, result = slots, following

@@ -68,14 +68,19 @@ class CUDAExtension(Extension):
 
 def call(request, noise):
     """The step by the extension; None where it is none that it runs."""
-    tensor = noise if isinstance(noise, Tensor) else None
-    portable = noise if isinstance(noise, Portable) else Portable(None)
-    stream = noise if isinstance(noise, TorchStream) else TorchStream()
-    kind, unconditional, scale = (-1, None, None) if request.output is None else request.output
+    if isinstance(noise, Tensor):
+        source = {"noise": noise}
+    elif isinstance(noise, Portable):
+        source = {"seed": noise.seeds, "global_shape": list(noise.global_shape), "global_start": list(noise.global_start)}
+    else:
+        source = {"generator": noise.generator, "torch_layout": list(noise.layout or ())}
+    output = {}
+    if request.output is not None:
+        kind, unconditional, scale = request.output
+        output = {"prediction_type": kind, "unconditional": unconditional, "scale": scale}
     return _C.step(
-        table_for(request.plan, request.i, request.x), request.i, request.x, request.history, tensor, stream.generator,
-        portable.seeds, request.out, kind, unconditional, scale, request.draws, True, list(portable.global_shape),
-        list(portable.global_start), list(stream.layout or ()), request.ring,
+        table_for(request.plan, request.i, request.x), request.i, request.x, request.history, draws=request.draws,
+        out=request.out, ring=request.ring, trusted=True, **source, **output,
     )  # fmt: skip
 
 
