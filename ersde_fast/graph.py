@@ -14,6 +14,7 @@ from .backends import BACKENDS
 from .noise import Portable, TorchStream, has_values, seed_table
 from .plan import PREDICTION_TYPES, Plan
 from .request import OutputArguments, StepRequest, model_output
+from .sample import levels_of, with_newest
 from .step import fast_step, step_of
 
 
@@ -41,9 +42,8 @@ class _Captured:
         self.plan_in_memory = plan
         with torch.inference_mode(False):  # later calls write what is made here, under inference mode or not
             self.plan = replace(plan, table=plan.table.clone())
-            # The model sees sigma in at least float32: a half-precision sigma would be another time than the plan's.
-            self.levels = plan.sigmas.to(torch.promote_types(dtype, torch.float32))[:, None].repeat(1, shape[0])
             self.x = torch.zeros(tuple(shape), dtype=dtype, device=device)
+            self.levels = levels_of(plan, self.x)[:, None].repeat(1, shape[0])
             self.seeds = torch.zeros(shape[0], 2, dtype=torch.int64, device=device)
             self.allocate()
         self.replay = self.capture(self.run)
@@ -129,7 +129,7 @@ class SamplingGraph(_Captured):
         x, history, seeds = self.x, [], self.seeds_to_draw
         for i in range(self.plan.num_steps):
             output, guidance = self.output_of(x, self.levels[i])
-            history = [output, *history[: self.plan.order - 1]]
+            history = with_newest(output, history, self.plan)
             if self.prediction_type == "sample" and guidance is None:
                 x = fast_step(self.plan, i, x, history, seed=seeds)
             else:

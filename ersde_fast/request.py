@@ -11,6 +11,10 @@ from .backends.base import FLOATS
 from .noise import MAX_POSITIONS, TORCH_PIECE, Portable, TorchStream, check_torch_layout, has_values, seeds_of
 from .plan import PREDICTION_TYPES, Plan, PlanStack, Row
 
+Seed = int | Sequence[int] | Sequence[tuple[int, int]] | Tensor
+StepIndex = int | Tensor | tuple[Tensor, Tensor]
+Guidance = tuple[Tensor, float | Tensor]
+
 NUMBER_OF_TYPE = {name: k for k, name in enumerate(PREDICTION_TYPES)}
 
 
@@ -45,7 +49,7 @@ class StepRequest(NamedTuple):
     """
 
     plan: Plan | PlanStack
-    i: int | Tensor | tuple[Tensor, Tensor]
+    i: StepIndex
     x: Tensor
     history: Sequence[Tensor]
     noise: Tensor | Portable | TorchStream = TorchStream()
@@ -70,7 +74,7 @@ class NoiseArguments(NamedTuple):
 
     noise: Tensor | None = None
     generator: torch.Generator | None = None
-    seed: object = None
+    seed: Seed | None = None
     global_shape: Sequence[int] | None = None
     global_start: Sequence[int] | None = None
     torch_layout: tuple[int, int] | None = None
@@ -80,7 +84,7 @@ class OutputArguments(NamedTuple):
     """The arguments of `fast_step` that say what history[0] is, as they were given."""
 
     prediction_type: str | None = None
-    guidance: object = None
+    guidance: Guidance | None = None
 
 
 NO_SOURCE, PREDICTIONS = NoiseArguments(), OutputArguments()

@@ -1,13 +1,14 @@
 """`sample_er_sde`: the sampling loop, with the arguments and conventions of k-diffusion's and ComfyUI's samplers."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import trange
 
 from .plan import Plan, er_sde_plan, on_host
-from .request import check_one_source
+from .request import Seed, check_one_source
 from .step import fast_step
 
 
@@ -68,7 +69,45 @@ def sample_er_sde(
         eta=eta,
         guidance=guidance,
     )
-    return sample_plan(plan, model, x, extra_args, callback, disable, noise_sampler, generator, seed)
+    levels = levels_of(plan, x)
+
+    def drawn(i: int) -> Tensor:
+        return noise_sampler(levels[i], levels[i + 1])
+
+    source = Source(None if noise_sampler is None else drawn, generator, seed)
+    return sample_plan(plan, model, x, extra_args, callback, disable, source)
+
+
+class Source(NamedTuple):
+    """Where the steps of a run take their noise from; at most one is given, and without any it is torch's default generator.
+
+    Attributes:
+        sampler: from the index of a step to its noise; called for steps that add noise alone.
+        generator, seed: as in `fast_step`.
+    """
+
+    sampler: Callable[[int], Tensor] | None = None
+    generator: torch.Generator | None = None
+    seed: Seed | None = None
+
+    def of_step(self, plan: Plan, i: int) -> dict:
+        """The argument of `fast_step` that names it."""
+        if self.sampler is None:
+            return {"generator": self.generator, "seed": self.seed}
+        return {"noise": self.sampler(i)} if plan.rows[i].w_noise != 0 else {}
+
+
+DEFAULT = Source()
+
+
+def with_newest(denoised: Tensor, history: list[Tensor], plan: Plan) -> list[Tensor]:
+    """The history with a prediction in front, and as long as the plan's steps may read."""
+    return [denoised, *history[: plan.order - 1]]
+
+
+def levels_of(plan: Plan, x: Tensor) -> Tensor:
+    """The sigmas that a model of x sees, [num_steps + 1]: at least float32, since a half-precision sigma would be another time."""
+    return plan.sigmas.to(x.device, torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -79,23 +118,17 @@ def sample_plan(
     extra_args: dict | None = None,
     callback: Callable[[dict], None] | None = None,
     disable: bool | None = None,
-    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
-    generator: torch.Generator | None = None,
-    seed=None,
+    source: Source = DEFAULT,
 ) -> Tensor:
     """The loop of `sample_er_sde` over a plan on the host."""
     extra_args = {} if extra_args is None else extra_args
-    # The model sees sigma in at least float32: a half-precision sigma would be another time than the plan's.
-    levels = plan.sigmas.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    levels = levels_of(plan, x)
     batches = (levels[:, None] * levels.new_ones(x.shape[:1])).unbind()
     history = []
     for i in trange(plan.num_steps, disable=disable):
         denoised = model(x, batches[i], **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
-        history = [denoised, *history[: plan.order - 1]]
-        noise = None
-        if noise_sampler is not None and plan.rows[i].w_noise != 0:
-            noise = noise_sampler(levels[i], levels[i + 1])
-        x = fast_step(plan, i, x, history, noise=noise, generator=generator, seed=seed)
+        history = with_newest(denoised, history, plan)
+        x = fast_step(plan, i, x, history, **source.of_step(plan, i))
     return x

@@ -19,8 +19,9 @@ import torch
 from distributed_cases import PLAN, SHAPE, model
 from safetensors.torch import load_file, save_file
 
-from ersde_fast import distributed, er_sde_plan, portable_noise, sample_er_sde
+from ersde_fast import er_sde_plan, fast_step, portable_noise, sample_er_sde
 from ersde_fast.distributed import generate, load_samples
+from ersde_fast.distributed.generation import INDEX
 
 CASES = Path(__file__).with_name("distributed_cases.py")
 KILLS = int(os.environ.get("ERSDE_FAST_KILLS", 1))
@@ -128,7 +129,7 @@ def test_killed_at_any_moment(tmp_path, world):
         assert files and len({seed for file in files for seed in file["seeds"].tolist()}) == sum(
             len(file["seeds"]) for file in files
         )
-    if not (out / distributed.INDEX).exists():
+    if not (out / INDEX).exists():
         with pytest.raises(FileNotFoundError, match="not finished"):
             load_samples(out)
     finish(start(tmp_path, world, seeds=seeds, batch=50, out=str(out)))
@@ -160,7 +161,7 @@ def test_two_hundred_random_splits_of_a_latent():
     """Cut anywhere, in any dimensions: the shards' steps are the whole step, and their bits too."""
     rng, shape = random.Random(0), (2, 3, 9, 14)
     x, history = 10 * portable_noise(shape, 1, step=-1), [portable_noise(shape, 2, step=j) for j in range(3)]
-    whole = distributed.fast_step(PLAN, 3, x, history, seed=[8, 9])
+    whole = fast_step(PLAN, 3, x, history, seed=[8, 9])
     for _ in range(200):
         cuts = [sorted({0, n, *(rng.randint(0, n) for _ in range(rng.randint(0, 3)))}) for n in shape[1:]]
         spans = [list(itertools.pairwise(c)) for c in cuts]
@@ -169,7 +170,7 @@ def test_two_hundred_random_splits_of_a_latent():
             for h in spans[1]:
                 for w in spans[2]:
                     here = (slice(None), slice(*c), slice(*h), slice(*w))
-                    result[here] = distributed.fast_step(
+                    result[here] = fast_step(
                         PLAN, 3, x[here], [d[here] for d in history], seed=[8, 9], global_shape=shape[1:], global_start=(c[0], h[0], w[0])
                     )  # fmt: skip
         assert torch.equal(result, whole), cuts
@@ -233,7 +234,7 @@ def test_a_run_is_known_by_its_plans_numbers(tmp_path):
 def test_the_index_is_data(tmp_path):
     folder, _ = filled(tmp_path)
     for content in (b"", b"[]", b'{"files": 3}', b'{"files": {}, "seeds": 3'):
-        (folder / distributed.INDEX).write_bytes(content)
+        (folder / INDEX).write_bytes(content)
         with pytest.raises(ValueError, match=r"index.json is damaged: delete it and call generate again"):
             load_samples(folder)
 

@@ -20,6 +20,7 @@ from ..choice import ORDER
 from ..plan import Plan, er_sde_plan
 from ..reference import linear_combination, prediction
 from ..request import NUMBER_OF_TYPE, ModelOutput, OutputArguments, checked
+from ..sample import with_newest
 from ..step import fast_step
 from .diffusers_arguments import Drawn, for_batch, is_whole, numbers, quantile, without_numpy
 from .diffusers_configs import check_that_they_are_read, known_keys, levels_class, translated
@@ -516,7 +517,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         if per_token_timesteps is not None:
             moves = (per_token_timesteps - timestep).abs() <= 1e-3
             x = torch.where(moves.view(*moves.shape, *[1] * (x.dim() - moves.dim())), x, sample)
-        self._history, self._newest = [denoised, *older][: plan.order], index
+        self._history, self._newest = with_newest(denoised, older, plan), index
         self._step_index = index + 1
         return ERSDESchedulerOutput(x, denoised) if return_dict else (x, denoised)
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from ..plan import er_sde_plan, on_host
+from ..plan import Plan, er_sde_plan, on_host
+from ..sample import Source, with_newest
 from ..step import fast_step
 
 PREDICTION_TYPES = {"x_start": "sample", "noise": "epsilon"}
@@ -70,46 +71,42 @@ class ER_SDE_Solver:
 
     def ve_1_order(self, model, x, sigmas, times=None, progress=False, randn_like=None, **model_kwargs) -> Tensor:
         """VE, order 1."""
-        return self._sample("ve", 1, model, x, None, sigmas, times, progress, randn_like, model_kwargs)
+        return self._sample(self._plan("ve", 1, sigmas), model, x, times, progress, randn_like, model_kwargs)
 
     def ve_2_order_taylor(self, model, x, sigmas, times=None, progress=False, randn_like=None, **model_kwargs) -> Tensor:
         """VE, order 2."""
-        return self._sample("ve", 2, model, x, None, sigmas, times, progress, randn_like, model_kwargs)
+        return self._sample(self._plan("ve", 2, sigmas), model, x, times, progress, randn_like, model_kwargs)
 
     def ve_3_order_taylor(self, model, x, sigmas, times=None, progress=False, randn_like=None, **model_kwargs) -> Tensor:
         """VE, order 3."""
-        return self._sample("ve", 3, model, x, None, sigmas, times, progress, randn_like, model_kwargs)
+        return self._sample(self._plan("ve", 3, sigmas), model, x, times, progress, randn_like, model_kwargs)
 
     def vp_1_order(self, model, x, alphas, sigmas, times=None, progress=False, randn_like=None, **model_kwargs) -> Tensor:
         """VP, order 1."""
-        return self._sample("vp", 1, model, x, alphas, sigmas, times, progress, randn_like, model_kwargs)
+        return self._sample(self._plan("vp", 1, sigmas, alphas), model, x, times, progress, randn_like, model_kwargs)
 
     def vp_2_order_taylor(
         self, model, x, alphas, sigmas, times=None, progress=False, randn_like=None, **model_kwargs
     ) -> Tensor:
         """VP, order 2."""
-        return self._sample("vp", 2, model, x, alphas, sigmas, times, progress, randn_like, model_kwargs)
+        return self._sample(self._plan("vp", 2, sigmas, alphas), model, x, times, progress, randn_like, model_kwargs)
 
     def vp_3_order_taylor(
         self, model, x, alphas, sigmas, times=None, progress=False, randn_like=None, **model_kwargs
     ) -> Tensor:
         """VP, order 3."""
-        return self._sample("vp", 3, model, x, alphas, sigmas, times, progress, randn_like, model_kwargs)
+        return self._sample(self._plan("vp", 3, sigmas, alphas), model, x, times, progress, randn_like, model_kwargs)
 
     # The names in the authors' example for EDM.
     ve_xstart_1_order = ve_1_order
     ve_start_2_order_taylor = ve_2_order_taylor
     ve_start_3_order_taylor = ve_3_order_taylor
 
-    @torch.no_grad()
-    def _sample(
-        self, sde_type: str, order: int, model: Callable[..., Tensor], x: Tensor, alphas, sigmas, times, progress: bool,
-        randn_like: Callable[[Tensor], Tensor] | None, model_kwargs: dict,
-    ) -> Tensor:  # fmt: skip
+    def _plan(self, sde_type: str, order: int, sigmas, alphas=None) -> Plan:
         if sde_type != self.sde_type:
             raise ValueError(f'sde_type must be "{sde_type}" for this method, got "{self.sde_type}": name it at construction')
         named = type(self).customized_func is ER_SDE_Solver.customized_func
-        plan = er_sde_plan(
+        return er_sde_plan(
             on_host(sigmas),
             on_host(alphas),
             order=order,
@@ -117,14 +114,20 @@ class ER_SDE_Solver:
             method="taylor",
             integration_points=self.integration_points,
         )
+
+    @torch.no_grad()
+    def _sample(
+        self, plan: Plan, model: Callable[..., Tensor], x: Tensor, times, progress: bool,
+        randn_like: Callable[[Tensor], Tensor] | None, model_kwargs: dict,
+    ) -> Tensor:  # fmt: skip
         precision = torch.promote_types(x.dtype, torch.float32)
         times = torch.as_tensor(plan.sigmas if times is None else times, dtype=precision, device=x.device)
         if len(times) < plan.num_steps:
             raise ValueError(f"times must hold {plan.num_steps} values, one for each evaluation, got {len(times)}")
-        kind, history = PREDICTION_TYPES[self.model_prediction_type], []
+        source = Source(None if randn_like is None else lambda i: randn_like(x))
+        prediction_type, history = PREDICTION_TYPES[self.model_prediction_type], []
         for i in trange(plan.num_steps, disable=not progress):
             output = model(x, times[i] * times.new_ones(len(x)), **model_kwargs)
-            noise = randn_like(x) if randn_like is not None and plan.rows[i].w_noise != 0 else None
-            x, denoised = fast_step(plan, i, x, [output, *history], prediction_type=kind, noise=noise)
-            history = [denoised, *history][: order - 1]
+            history = with_newest(output, history, plan)
+            x, history[0] = fast_step(plan, i, x, history, prediction_type=prediction_type, **source.of_step(plan, i))
         return x

@@ -1,7 +1,6 @@
-"""Samples by the ten thousand over processes and machines, and latents split over devices, on torch.distributed.
+"""Samples by the ten thousand, over processes and machines.
 
-Every sample belongs to its seed alone, and every element's noise to its place in the whole latent, so no result depends on how the
-work was split: not on the number of processes, not on the batches, not on the shards, not on where a run was killed.
+Every sample belongs to its seed alone, so no result depends on the number of processes, on the batches or on where a run was killed.
 """
 
 import hashlib
@@ -13,15 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from tqdm.auto import tqdm
 
-from .backends.base import FLOATS
-from .draw import portable_noise
-from .noise import seed_table, specified_noise
-from .plan import Plan
-from .sample import sample_plan
-from .step import fast_step
+from ..backends.base import FLOATS
+from ..draw import portable_noise
+from ..noise import seed_table
+from ..plan import Plan
+from ..sample import Source, sample_plan
 
 INDEX = "index.json"
 
@@ -119,91 +116,27 @@ def load_samples(out_dir: str | os.PathLike, seeds: Sequence[int] | None = None)
     return torch.stack([shards[place[seed][0]][place[seed][1]] for seed in wanted])
 
 
-def shard_of(x: DTensor) -> dict:
-    """`global_shape` and `global_start` of this process's part of each sample of x, for `fast_step` on `x.to_local()`.
-
-    Args:
-        x: [batch, ...] with placements Shard and Replicate; of the batch dimension too.
-    """
-    start, _ = _local_range(x.shape, x.device_mesh, x.placements)
-    return {"global_shape": tuple(x.shape[1:]), "global_start": tuple(start[1:])}
-
-
-def fast_step_dtensor(plan: Plan, i: int, x: DTensor, history: list[DTensor], *, seed, prediction_type=None, guidance=None):
-    """`ersde_fast.fast_step` of latents that are split over processes: each steps its own part, and nothing is communicated.
-
-    Gathered, the result has the bits of the step of the whole. Args and result are those of `fast_step`, x, the history and the
-    unconditional output DTensors on one mesh with one placement, seeds and scales those of the whole batch; only the portable
-    stream can be drawn so.
-
-    Raises:
-        ValueError: placements that differ, that are partial sums, or that no chunk describes.
-    """
-    unconditional = [] if guidance is None else [guidance[0]]
-    for name, other in [*((f"history[{j}]", d) for j, d in enumerate(history)), *(("guidance[0]", u) for u in unconditional)]:
-        if not isinstance(other, DTensor) or other.device_mesh != x.device_mesh or other.placements != x.placements:
-            how = other.placements if isinstance(other, DTensor) else type(other).__name__
-            raise ValueError(f"{name} must be split as x is, {x.placements}, got {how}: use {name}.redistribute")
-    start, size = _local_range(x.shape, x.device_mesh, x.placements)
-    pairs = seed_table(seed, x.shape[0])[start[0] : start[0] + size[0]]
-    if guidance is not None:
-        scale = guidance[1]
-        if isinstance(scale, torch.Tensor) and scale.shape == x.shape[:1]:
-            scale = scale[start[0] : start[0] + size[0]]
-        guidance = guidance[0].to_local(), scale
-    result = fast_step(
-        plan, i, x.to_local(), [denoised.to_local() for denoised in history], seed=pairs, prediction_type=prediction_type,
-        guidance=guidance, global_shape=tuple(x.shape[1:]), global_start=tuple(start[1:]),
-    )  # fmt: skip
-    whole = lambda part: DTensor.from_local(  # noqa: E731
-        part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
-    )
-    return tuple(map(whole, result)) if isinstance(result, tuple) else whole(result)
-
-
-def portable_noise_dtensor(shape: Sequence[int], seed, step: int, device_mesh, placements, dtype=torch.float32) -> DTensor:
-    """`ersde_fast.portable_noise` split over processes, each of which draws its own part; step -1 for the initial latents."""
-    start, size = _local_range(shape, device_mesh, placements)
-    pairs = seed_table(seed, shape[0])[start[0] : start[0] + size[0]].to(device_mesh.device_type)
-    part = specified_noise(size, pairs, step, tuple(shape[1:]), tuple(start[1:])).to(dtype)
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-
-
-def _local_range(shape: Sequence[int], device_mesh, placements) -> tuple[list[int], list[int]]:
-    """Where this process's part starts in each dimension and how long it is there: torch.chunk, one mesh dimension after another."""
-    start, size = [0] * len(shape), list(shape)
-    for mesh_dim, placement in enumerate(placements):
-        if type(placement) is Replicate:
-            continue
-        if type(placement) is not Shard:
-            raise ValueError(f"placements must be Shard or Replicate, got {placement}: use redistribute")
-        dim = placement.dim
-        chunk = -(-size[dim] // device_mesh.size(mesh_dim))
-        first = min(device_mesh.get_local_rank(mesh_dim) * chunk, size[dim])
-        start[dim] += first
-        size[dim] = min(chunk, size[dim] - first)
-    return start, size
-
-
 def _check(plan, seeds, shape, batch_size, dtype) -> tuple[list[int], tuple[int, ...]]:
     if not isinstance(plan, Plan) or plan.table.device.type != "cpu":
         raise TypeError(f"plan must be a plan of er_sde_plan on the CPU, got {type(plan).__name__}")
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)  # noqa: E731
     seeds = list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else [None]
-    if not seeds or not all(map(whole, seeds)):
+    if not seeds or not all(map(_is_whole, seeds)):
         raise TypeError("seeds must be a list or range of at least one whole number")
     seeds = [seed % 2**64 for seed in seeds]
     if len(set(seeds)) < len(seeds):
         twice = next(seed for k, seed in enumerate(seeds) if seed in seeds[:k])
         raise ValueError(f"seeds must differ (mod 2^64), got {twice} twice")
-    if not isinstance(shape, Sequence) or not all(whole(n) and n > 0 for n in shape):
+    if not isinstance(shape, Sequence) or not all(_is_whole(n) and n > 0 for n in shape):
         raise ValueError(f"shape must hold the positive sizes of one sample, got {shape!r}")
-    if not whole(batch_size) or batch_size < 1:
+    if not _is_whole(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
     return seeds, tuple(shape)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _processes() -> tuple[int, int, object]:
@@ -275,7 +208,9 @@ def _fingerprint(plan: Plan, shape: tuple[int, ...], dtype: torch.dtype) -> str:
 
 def _sample(model, plan, seeds, shape, extra_args, transform, dtype, device) -> Tensor:
     x = plan.sigmas[0].item() * portable_noise((len(seeds), *shape), seeds, step=-1, device=device)
-    x = sample_plan(plan, model, x.to(dtype), extra_args(seeds) if extra_args else None, disable=True, seed=seeds)
+    x = sample_plan(
+        plan, model, x.to(dtype), extra_args(seeds) if extra_args else None, disable=True, source=Source(seed=seeds)
+    )
     x = x if transform is None else transform(x)
     if len(x) != len(seeds):
         raise ValueError(f"transform must return one result a sample, {len(seeds)}, got {len(x)}")

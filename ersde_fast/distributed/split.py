@@ -1,0 +1,79 @@
+"""Latents that are split over devices, as DTensors: every element's noise belongs to its place in the whole latent."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..noise import seed_table, specified_noise
+from ..plan import Plan
+from ..step import fast_step
+
+
+def shard_of(x: DTensor) -> dict:
+    """`global_shape` and `global_start` of this process's part of each sample of x, for `fast_step` on `x.to_local()`.
+
+    Args:
+        x: [batch, ...] with placements Shard and Replicate; of the batch dimension too.
+    """
+    start, _ = _local_range(x.shape, x.device_mesh, x.placements)
+    return {"global_shape": tuple(x.shape[1:]), "global_start": tuple(start[1:])}
+
+
+def fast_step_dtensor(plan: Plan, i: int, x: DTensor, history: list[DTensor], *, seed, prediction_type=None, guidance=None):
+    """`ersde_fast.fast_step` of latents that are split over processes: each steps its own part, and nothing is communicated.
+
+    Gathered, the result has the bits of the step of the whole. Args and result are those of `fast_step`, x, the history and the
+    unconditional output DTensors on one mesh with one placement, seeds and scales those of the whole batch; only the portable
+    stream can be drawn so.
+
+    Raises:
+        ValueError: placements that differ, that are partial sums, or that no chunk describes.
+    """
+    unconditional = [] if guidance is None else [guidance[0]]
+    for name, other in [*((f"history[{j}]", d) for j, d in enumerate(history)), *(("guidance[0]", u) for u in unconditional)]:
+        if not isinstance(other, DTensor) or other.device_mesh != x.device_mesh or other.placements != x.placements:
+            how = other.placements if isinstance(other, DTensor) else type(other).__name__
+            raise ValueError(f"{name} must be split as x is, {x.placements}, got {how}: use {name}.redistribute")
+    start, size = _local_range(x.shape, x.device_mesh, x.placements)
+    pairs = seed_table(seed, x.shape[0])[start[0] : start[0] + size[0]]
+    if guidance is not None:
+        scale = guidance[1]
+        if isinstance(scale, Tensor) and scale.shape == x.shape[:1]:
+            scale = scale[start[0] : start[0] + size[0]]
+        guidance = guidance[0].to_local(), scale
+    result = fast_step(
+        plan, i, x.to_local(), [denoised.to_local() for denoised in history], seed=pairs, prediction_type=prediction_type,
+        guidance=guidance, global_shape=tuple(x.shape[1:]), global_start=tuple(start[1:]),
+    )  # fmt: skip
+
+    def whole(part: Tensor) -> DTensor:
+        return DTensor.from_local(part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+
+    return tuple(map(whole, result)) if isinstance(result, tuple) else whole(result)
+
+
+def portable_noise_dtensor(shape: Sequence[int], seed, step: int, device_mesh, placements, dtype=torch.float32) -> DTensor:
+    """`ersde_fast.portable_noise` split over processes, each of which draws its own part; step -1 for the initial latents."""
+    start, size = _local_range(shape, device_mesh, placements)
+    pairs = seed_table(seed, shape[0])[start[0] : start[0] + size[0]].to(device_mesh.device_type)
+    part = specified_noise(size, pairs, step, tuple(shape[1:]), tuple(start[1:])).to(dtype)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def _local_range(shape: Sequence[int], device_mesh, placements) -> tuple[list[int], list[int]]:
+    """Where this process's part starts in each dimension and how long it is there: torch.chunk, one mesh dimension after another."""
+    start, size = [0] * len(shape), list(shape)
+    for mesh_dim, placement in enumerate(placements):
+        if type(placement) is Replicate:
+            continue
+        if type(placement) is not Shard:
+            raise ValueError(f"placements must be Shard or Replicate, got {placement}: use redistribute")
+        dim = placement.dim
+        chunk = -(-size[dim] // device_mesh.size(mesh_dim))
+        first = min(device_mesh.get_local_rank(mesh_dim) * chunk, size[dim])
+        start[dim] += first
+        size[dim] = min(chunk, size[dim] - first)
+    return start, size
