@@ -28,6 +28,7 @@ CXX_FLAGS = [
     "-fno-trapping-math",  # or selects are branches
     "-fopenmp",  # or torch's parallel_for is serial
     "-fvisibility=hidden",
+    "-Werror=switch",  # an enumerator that a switch forgets
     *(["-g1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined"] if SANITIZE else ["-g0"]),
 ]
 LINK_FLAGS = ["-fopenmp", f"-fsanitize={SANITIZE}" if SANITIZE else "-s"]

@@ -44,7 +44,7 @@ def from_output(shape, dtype):
     torch.manual_seed(0)
     x, output, unconditional, *older = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(5))
     row = PLAN.rows[STEP]
-    p_x, p_m = row.predictions[2]
+    p_x, p_m = PLAN.predicting("v").rows[STEP].prediction
     w_x, (w0, w1, w2), w_noise = row.w_x, row.w_d, row.w_noise
 
     def operators(x, output, unconditional, a, b):
@@ -163,10 +163,9 @@ def test_plan(benchmark, steps, name):
     """A plan on the host, and by the kernel alone where its sigmas lie (on a CPU: the same code, without the checks)."""
     sigmas = torch.linspace(80, 0.002, steps + 1, dtype=torch.float64)
     there, host = sigmas.to(DEVICE), er_sde_plan(sigmas)
-    options = (host.orders, "ve", host.noise_scaler, "taylor", host.node_scale, None, 1.0, 0)
     functions = {
         "er_sde_plan on the host": lambda: er_sde_plan(sigmas),
-        "kernel where sigmas lie": lambda: _build_by_kernel(there, None, *options),
+        "kernel where sigmas lie": lambda: _build_by_kernel(there, None, host.options),
     }
     benchmark.group = f"plan of {steps} steps"
     measure(benchmark, name, functions[name], 1 << 18)

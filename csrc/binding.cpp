@@ -28,16 +28,10 @@
 #include <mutex>
 
 #include "er_sde_plan.h"
-#include "er_sde_step.h"
+#include "er_sde_prepare.h"
 
 namespace py = pybind11;
-
-namespace ersde {
-namespace {
-#include "er_sde_math.h"
-#include "er_sde_rows.h"
-}  // namespace
-}  // namespace ersde
+using namespace py::literals;
 
 namespace {
 
@@ -108,54 +102,15 @@ struct Pair {
   const at::Tensor* tensor;
   ersde::Operand* operand;
 };
-using Pairs = c10::SmallVector<Pair, ersde::kMaxTerms + 3>;
+using Pairs = c10::SmallVector<Pair, ersde::kMaxOperands>;
 
-// Sizes, and strides of every operand (out last), adjacent dimensions merged where all allow it. A drawn stream counts
-// positions, so the order of the dimensions is kept; where samples differ the batch stays dimension 0 too. Otherwise dimensions
-// are ordered by the strides of out, so that channels_last is walked as it lies.
+// set_shape of er_sde_prepare.h for tensors; out is the last.
 void set_shape(StepArgs& a, const Pairs& pairs, at::IntArrayRef global_shape, at::IntArrayRef global_start) {
-  const bool portable = a.drawn.source == ersde::Noise::portable;
-  const auto sizes = pairs.back().tensor->sizes();
-  const int dims = (int)sizes.size();
-  std::array<int, ersde::kMaxDims> order{};
-  int kept = 0;
-  for (int d = 0; d < dims; ++d) {
-    if (sizes[d] != 1 || (a.batched && d == 0)) order[kept++] = d;
-  }
-  if (a.drawn.source == ersde::Noise::none && !pairs.back().tensor->is_contiguous()) {
-    const auto strides = pairs.back().tensor->strides();
-    const auto longer = [&](int i, int j) { return strides[i] > strides[j]; };
-    const auto first = order.begin() + (a.batched && kept > 0);
-    for (auto it = first; it < order.begin() + kept; ++it) std::rotate(std::upper_bound(first, it, *it, longer), it, it + 1);
-  }
-  std::array<int64_t, ersde::kMaxDims> position{};
-  a.first_position = 0;
-  if (portable) {
-    int64_t stride = 1;
-    for (int d = dims - 1; d >= 1; --d) {
-      position[d] = stride;
-      a.first_position += stride * (global_start.empty() ? 0 : global_start[d - 1]);
-      stride *= global_shape.empty() ? sizes[d] : global_shape[d - 1];
-    }
-  }
-  const auto stride_of = [](const Pair& p, int d) { return p.tensor->strides()[d] * ersde::size_of(p.operand->dtype); };
-  a.ndim = 0;
-  for (int n = 0; n < kept; ++n) {
-    const int d = order[n], last = a.ndim - 1;
-    bool merges = a.ndim > (a.batched ? 1 : 0) && a.position_strides[last] == sizes[d] * position[d];
-    for (const auto& p : pairs) merges = merges && p.operand->strides[last] == sizes[d] * stride_of(p, d);
-    const int at = merges ? last : a.ndim++;
-    a.sizes[at] = merges ? a.sizes[at] * sizes[d] : sizes[d];
-    a.position_strides[at] = position[d];
-    for (const auto& p : pairs) p.operand->strides[at] = stride_of(p, d);
-  }
-  // Scalars get a dimension; a batch a second one, along which neighbours in the row are neighbours in the sample.
-  while (a.ndim < (a.batched ? 2 : 1) || (portable && a.position_strides[a.ndim - 1] != 1)) {
-    a.sizes[a.ndim] = 1;
-    a.position_strides[a.ndim] = portable;
-    for (const auto& p : pairs) p.operand->strides[a.ndim] = ersde::size_of(p.operand->dtype);
-    ++a.ndim;
-  }
+  ersde::View views[ersde::kMaxOperands];
+  for (size_t k = 0; k < pairs.size(); ++k) views[k] = {pairs[k].tensor->strides().data(), pairs[k].operand};
+  const at::IntArrayRef sizes = pairs.back().tensor->sizes();
+  const ersde::Whole whole{global_shape.empty() ? nullptr : global_shape.data(), global_start.empty() ? nullptr : global_start.data()};
+  ersde::set_shape(a, views, (int)pairs.size(), sizes.data(), (int)sizes.size(), whole);
 }
 
 // The device is the current one; the pairs are what the arguments point into.
@@ -260,6 +215,7 @@ const at::Tensor* index_of(py::handle h, at::IntArrayRef shape, const at::Device
 bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at::Tensor& x, bool has_ring, int64_t& step) {
   const int64_t num_steps = table.size(-2), columns = table.size(-1), batch = x.dim() ? x.size(0) : 1;
   const double* data = table.const_data_ptr<double>();
+  if (columns < ersde::kWD || columns > ersde::kMaxColumns) return false;
   rows.num_columns = (int)columns;
   rows.num_steps = num_steps;
   rows.num_plans = table.dim() == 3 ? table.size(0) : 1;
@@ -275,7 +231,7 @@ bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at
     rows.index_stride = 1;
     for (int64_t b = 0; x.is_cpu() && b < batch; ++b) {
       const double* row = ersde::row_of(rows, b);
-      if (!row || std::isnan(row[0])) return false;
+      if (!row || std::isnan(row[ersde::kWX])) return false;
     }
     return true;
   }
@@ -310,7 +266,7 @@ struct StepCall {
   py::handle i, x, history;
   py::handle noise = Py_None, generator = Py_None, seed = Py_None;  // seed: an int, or an int64 tensor [batch, 2] of (seed, sample)
   py::handle draws = Py_False;                                     // whether any row adds noise
-  py::handle prediction_type = Py_None;                            // its number
+  py::handle predicts = Py_False;                                  // whether history[0] is a model's output
   py::handle unconditional = Py_None, scale = Py_None;             // scale: a number, or a float64 tensor [batch]
   py::handle out = Py_None, ring = Py_None;
   py::handle global_shape = Py_None, global_start = Py_None, torch_layout = Py_None;
@@ -327,7 +283,7 @@ StepKeyword kStepKeywords[] = {
     {"generator", &StepCall::generator, nullptr},
     {"seed", &StepCall::seed, nullptr},
     {"draws", &StepCall::draws, nullptr},
-    {"prediction_type", &StepCall::prediction_type, nullptr},
+    {"predicts", &StepCall::predicts, nullptr},
     {"unconditional", &StepCall::unconditional, nullptr},
     {"scale", &StepCall::scale, nullptr},
     {"out", &StepCall::out, nullptr},
@@ -338,13 +294,13 @@ StepKeyword kStepKeywords[] = {
     {"trusted", &StepCall::trusted, nullptr},
 };
 
-py::object step(const StepCall& call, int prediction_type) {
+py::object step(const StepCall& call) {
   StepArgs a{};
   const at::Tensor *table_found = tensor_of(call.table), *x_found = tensor_of(call.x), *ring = tensor_of(call.ring);
   if (!table_found || !x_found) return py::none();
   const at::Tensor &table = *table_found, &x = *x_found;
   at::Tensor z, out, denoised, seeds, slot;
-  const bool grad_mode = c10::GradMode::is_enabled(), predicts = prediction_type >= 0, trusted = call.trusted.ptr() == Py_True;
+  const bool grad_mode = c10::GradMode::is_enabled(), predicts = call.predicts.ptr() == Py_True, trusted = call.trusted.ptr() == Py_True;
   bool draws = call.draws.ptr() == Py_True;
   const auto fits = [&](const at::Tensor& t) { return is_plain(t) && (trusted || !is_differentiated(t, grad_mode)); };
   if (!dtype_of(x, a.out.dtype) || !is_here(x.device()) || !fits(x)) return py::none();
@@ -359,14 +315,14 @@ py::object step(const StepCall& call, int prediction_type) {
   int64_t known_step;
   if (!set_rows(a.rows, table, call.i, x, ring, known_step)) return py::none();
   const double* row = a.rows.table ? nullptr : a.rows.row;
-  const int64_t order = table.size(-1) - 2 - ersde::kColumnsBehind;
-  if (row) draws = row[order + 1] != 0;
+  const int64_t order = table.size(-1) - ersde::kWD;
+  if (row) draws = row[ersde::kWNoise] != 0;
 
   // How many predictions are read: what the row says; else all that there can be.
   if (!PyList_Check(call.history.ptr()) && !PyTuple_Check(call.history.ptr())) return py::none();
   const int64_t given = PySequence_Fast_GET_SIZE(call.history.ptr());
   int64_t uses = known_step < 0 ? order : std::min(order, known_step + 1);
-  while (row && uses > 0 && row[uses] == 0) --uses;
+  while (row && uses > 0 && row[ersde::kWD + uses - 1] == 0) --uses;
   if (predicts) uses = std::max<int64_t>(uses, 1);
   if (ring && (given != 1 || ring->size(0) != order || known_step >= 0)) return py::none();
   if (!ring && given < uses) {
@@ -386,21 +342,21 @@ py::object step(const StepCall& call, int prediction_type) {
     pairs.push_back({&t, &o});
   };
   const auto add_term = [&](const at::Tensor& t, int64_t column, DType dtype) {
-    if (row && row[column] == 0 && !(predicts && column < 2)) return;
+    if (row && row[column] == 0 && !(predicts && a.num_terms < 2)) return;  // a prediction is of x and the first of the history
     a.rows.columns[a.num_terms] = (int)column;
     add_operand(a.terms[a.num_terms++], t, dtype);
   };
   std::fill(std::begin(a.rows.columns), std::end(a.rows.columns), -1);
-  add_term(x, 0, a.out.dtype);
+  add_term(x, ersde::kWX, a.out.dtype);
   for (int64_t k = 0; k < uses; ++k) {
     DType dtype = slot_dtype;
     const at::Tensor* t = ring && k > 0 ? &slot : operand_of(PySequence_Fast_GET_ITEM(call.history.ptr(), k), dtype);
     if (!t) return py::none();
-    add_term(*t, k + 1, dtype);
+    add_term(*t, ersde::kWD + k, dtype);
   }
   if (predicts) {
-    a.rows.prediction_column = (int)order + 2 + 2 * prediction_type;
-    if (row && !std::isfinite(row[a.rows.prediction_column])) return py::none();
+    a.rows.predicts = true;
+    if (row && !std::isfinite(row[ersde::kPX])) return py::none();
     if (!call.unconditional.is_none()) {
       DType dtype;
       const at::Tensor *guide = operand_of(call.unconditional, dtype), *scales = tensor_of(call.scale);
@@ -426,7 +382,7 @@ py::object step(const StepCall& call, int prediction_type) {
     DType dtype;
     const at::Tensor* given_noise = operand_of(call.noise, dtype);
     if (!given_noise) return py::none();
-    add_term(*given_noise, order + 1, dtype);
+    add_term(*given_noise, ersde::kWNoise, dtype);
   }
   std::optional<at::Generator> torch_generator;
   if (!call.generator.is_none()) {
@@ -489,7 +445,7 @@ py::object step(const StepCall& call, int prediction_type) {
 #endif
       if (a.drawn.source == ersde::Noise::none) {
         z = at::randn(x.sizes(), torch_generator, x.options().requires_grad(false));
-        add_term(z, order + 1, a.out.dtype);
+        add_term(z, ersde::kWNoise, a.out.dtype);
       }
     }
   }
@@ -522,13 +478,7 @@ PyObject* step_of_python(PyObject*, PyObject* const* given, Py_ssize_t by_positi
     call.*kStepKeywords[next].argument = given[by_position + k];
     next = (next + 1) % known;
   }
-  long prediction_type = -1;
-  if (!call.prediction_type.is_none()) {
-    prediction_type = PyLong_AsLong(call.prediction_type.ptr());
-    if (prediction_type == -1 && PyErr_Occurred()) return nullptr;
-    TORCH_CHECK_VALUE(prediction_type >= 0 && prediction_type < ersde::kPredictionTypes, "there is no prediction type ", prediction_type);
-  }
-  return step(call, (int)prediction_type).release().ptr();
+  return step(call).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 PyMethodDef kStepMethods[] = {{"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step_of_python)),
@@ -546,8 +496,9 @@ StepArgs noise_alone(const at::Tensor& out) {
   a.terms[0].data = a.out.data;
   a.terms[0].dtype = a.out.dtype;
   std::fill(std::begin(a.rows.columns) + 1, std::end(a.rows.columns), -1);
-  a.rows.num_columns = 2 + ersde::kColumnsBehind;
-  a.rows.row[1] = 1;  // the table of order 0: w_x, w_noise
+  a.rows.columns[0] = ersde::kWX;
+  a.rows.num_columns = ersde::kWD;  // the table of order 0
+  a.rows.row[ersde::kWNoise] = 1;
   return a;
 }
 
@@ -566,7 +517,7 @@ void portable_noise(const at::Tensor& out, py::handle seed, int64_t step) {
   TORCH_CHECK(set_seeds(a, seed, out.device(), seeds), "seed must be a number or an int64 tensor");
   a.drawn.source = ersde::Noise::portable;
   a.batched = true;
-  a.rows.row[a.rows.num_columns - 1] = (uint32_t)step;
+  a.rows.row[ersde::kCounter] = (uint32_t)step;
   run_alone(a, out);
 }
 
@@ -592,39 +543,62 @@ int64_t torch_noise(const at::Tensor& out, py::handle seed, int64_t offset, int6
   return grows;
 }
 
-// An enumerator from its number, of which there are those up to `last`.
-template <typename Enum>
-Enum known(const char* name, int number, Enum last) {
-  TORCH_CHECK_VALUE(number >= 0 && number <= static_cast<int>(last), name, " must be 0 to ", static_cast<int>(last), ", got ", number);
-  return static_cast<Enum>(number);
+// An enumerator from its name in Python.
+template <typename Enum, size_t n>
+Enum named(const char* argument, const std::string& name, const std::pair<const char*, Enum> (&known)[n]) {
+  std::string names;
+  for (const auto& [its_name, value] : known) {
+    if (name == its_name) return value;
+    names += (names.empty() ? "" : ", ") + std::string(its_name);
+  }
+  TORCH_CHECK_VALUE(false, argument, " must be one of ", names, ", got ", name);
 }
+template <typename Enum, size_t n>
+std::vector<std::string> names_of(const std::pair<const char*, Enum> (&known)[n]) {
+  std::vector<std::string> names;
+  for (const auto& [name, value] : known) names.push_back(name);
+  return names;
+}
+constexpr std::pair<const char*, ersde::Process> kProcesses[] = {
+    {"ve", ersde::Process::ve}, {"vp", ersde::Process::vp}, {"flow", ersde::Process::flow}};
+constexpr std::pair<const char*, ersde::Scaler> kScalers[] = {
+    {"sde", ersde::Scaler::sde}, {"sde_1", ersde::Scaler::sde_1}, {"sde_4", ersde::Scaler::sde_4}, {"sde_5", ersde::Scaler::sde_5}};
+constexpr std::pair<const char*, ersde::Method> kMethods[] = {{"taylor", ersde::Method::taylor}, {"newton", ersde::Method::newton}};
 
-// The table [num_steps, order + 2 + kColumnsBehind] of a plan and its schedule [3, num_steps + 1], sigmas, alphas, er_lambdas, on
-// the device of sigmas, without waiting for it. See er_sde_plan in plan.py; orders: int32 [num_steps] there, or None.
-py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas, int process, int order,
-               const std::optional<at::Tensor>& orders, int scaler, double strength, int method,
-               std::optional<double> node_scale, int integration_points, double s_noise, std::optional<double> guidance,
-               int64_t first_step) {
+// The table of a plan [num_steps, kWD + order] and its levels [3, num_steps + 1], sigmas, alphas, er_lambdas, on the device of
+// sigmas, without waiting for it. options: PlanOptions of weights.py; orders: theirs as int32 [num_steps] there, or None where
+// they are alike.
+py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas, py::handle options,
+               const std::optional<at::Tensor>& orders) {
+  const auto option = [&](const char* name) { return options.attr(name); };
+  const auto text = [&](const char* name) { return option(name).cast<std::string>(); };
+  const auto number = [&](const char* name, double absent) {
+    const py::object value = option(name);
+    return value.is_none() ? absent : value.cast<double>();
+  };
   ersde::PlanArgs a{};
   const at::Tensor s = sigmas.contiguous(), given = alphas ? alphas->contiguous() : at::Tensor();
   TORCH_CHECK(dtype_of(s, a.sigmas_dtype) && (!alphas || dtype_of(given, a.alphas_dtype)), "sigmas must be float64 or float32");
   a.num_steps = s.size(0) - 1;
   a.sigmas = s.const_data_ptr();
   a.alphas = alphas ? given.const_data_ptr() : nullptr;
-  a.process = known("process", process, ersde::Process::flow);
-  a.order = order;
+  a.process = alphas ? ersde::Process::given : named("process", text("process"), kProcesses);
+  a.order = 0;
+  for (const py::handle order : option("orders")) a.order = std::max(a.order, order.cast<int>());
+  TORCH_CHECK_VALUE(a.order >= 1 && a.order <= ersde::kMaxPredictions, "order must be 1 to ", ersde::kMaxPredictions, ", got ", a.order);
   a.orders = orders ? orders->const_data_ptr<int32_t>() : nullptr;
-  a.scaler = known("scaler", scaler, ersde::Scaler::sde_5);
-  a.strength = strength;
-  a.method = known("method", method, ersde::Method::newton);
-  a.node_scale = node_scale.value_or(NAN);
-  a.integration_points = integration_points;
-  a.s_noise = s_noise;
-  a.guidance = guidance.value_or(-1);
-  a.first_step = (uint32_t)first_step;
-  const auto options = s.options().dtype(at::kDouble).requires_grad(false);
-  const at::Tensor table = at::empty({a.num_steps, order + 2 + ersde::kColumnsBehind}, options);
-  const at::Tensor schedule = at::empty({3, a.num_steps + 1}, options);
+  const py::object scaler = option("noise_scaler");
+  a.scaler = named("noise_scaler.form", scaler.attr("form").cast<std::string>(), kScalers);
+  a.strength = scaler.attr("strength").cast<double>() * number("eta", 1);
+  a.method = named("method", text("method"), kMethods);
+  a.node_scale = number("node_scale", NAN);
+  a.integration_points = (int)number("integration_points", 0);
+  a.s_noise = number("s_noise", 1);
+  a.guidance = number("guidance", -1);
+  a.first_step = (uint32_t)option("first_step").cast<int64_t>();
+  const auto float64 = s.options().dtype(at::kDouble).requires_grad(false);
+  const at::Tensor table = at::empty({a.num_steps, ersde::kWD + a.order}, float64);
+  const at::Tensor schedule = at::empty({3, a.num_steps + 1}, float64);
   a.table = table.mutable_data_ptr<double>();
   a.schedule = schedule.mutable_data_ptr<double>();
 #ifdef ERSDE_WITH_CUDA
@@ -659,6 +633,16 @@ PYBIND11_MODULE(_C, m) {
   for (StepKeyword& keyword : kStepKeywords) keyword.interned = PyUnicode_InternFromString(keyword.name);
   if (PyModule_AddFunctions(m.ptr(), kStepMethods) != 0) throw py::error_already_set();
   m.def("plan", &plan);
+  // What Python states too; a test holds both to each other.
+  py::dict facts;
+  facts["max_dims"] = ersde::kMaxDims;
+  facts["max_order"] = ersde::kMaxPredictions;
+  facts["columns"] = py::dict("COUNTER"_a = (int)ersde::kCounter, "P_X"_a = (int)ersde::kPX, "P_M"_a = (int)ersde::kPM,
+                              "W_NOISE"_a = (int)ersde::kWNoise, "W_X"_a = (int)ersde::kWX, "W_D"_a = (int)ersde::kWD);
+  facts["processes"] = names_of(kProcesses);
+  facts["forms"] = names_of(kScalers);
+  facts["methods"] = names_of(kMethods);
+  m.attr("facts") = facts;
   m.def("portable_noise", &portable_noise);
   m.def("torch_noise", &torch_noise);
   m.def("torch_stream", [](int device) { return (int)torch_stream_of_device.at(device); });

@@ -38,7 +38,7 @@ struct PlanArgs {
   double s_noise;
   double guidance;  // at least 0: chooses order and node_scale of each step, in the place of those above
   uint32_t first_step;
-  double* table;     // [num_steps, order + 2 + kColumnsBehind]
+  double* table;     // [num_steps, kWD + order]
   double* schedule;  // [3, num_steps + 1]: sigmas, alphas, er_lambdas
 };
 
@@ -68,10 +68,13 @@ ERSDE_PLAN_FN double bounded(double v, double largest) {
 // A level of the schedule; NaN where it is none.
 ERSDE_PLAN_FN Level level_of(const PlanArgs& a, int64_t i) {
   const double largest = a.process == Process::vp || a.process == Process::flow ? 1 : (double)INFINITY;
-  Level v{bounded(number(a.sigmas, a.sigmas_dtype, i), largest), 1, 0};
-  if (a.process == Process::given) v.alpha = bounded(number(a.alphas, a.alphas_dtype, i), (double)INFINITY);
-  if (a.process == Process::vp) v.alpha = sqrt((1 - v.sigma) * (1 + v.sigma));
-  if (a.process == Process::flow) v.alpha = 1 - v.sigma;
+  Level v{bounded(number(a.sigmas, a.sigmas_dtype, i), largest), (double)NAN, 0};
+  switch (a.process) {
+    case Process::given: v.alpha = bounded(number(a.alphas, a.alphas_dtype, i), (double)INFINITY); break;
+    case Process::ve: v.alpha = 1; break;
+    case Process::vp: v.alpha = sqrt((1 - v.sigma) * (1 + v.sigma)); break;
+    case Process::flow: v.alpha = 1 - v.sigma; break;
+  }
   const bool fits = v.sigma >= 0 && v.alpha >= 0 && v.sigma + v.alpha < (double)INFINITY && v.sigma + v.alpha > 0;
   v.l = fits ? v.sigma / v.alpha : (double)NAN;
   return v;
@@ -218,18 +221,18 @@ ERSDE_PLAN_FN void newton(const PlanArgs& a, const double* nodes, int n, double 
   }
 }
 
-// w_x | w_d | w_noise of step i into w; false where the host would refuse the step.
+// The weights of step i into a row of zeros; false where the host would refuse the step.
 template <typename Lanes>
-ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& lanes, double* w) {
+ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& lanes, double* row) {
   const Level s = level_of(a, i), t = level_of(a, i + 1);
-  for (int c = 0; c < a.order + 2; ++c) w[c] = 0;
+  double* w_d = row + kWD;
   if (repeats(a, s, t) || s.l == t.l) {
-    w[0] = repeats(a, s, t) ? 1 : s.alpha > 0 ? t.alpha / s.alpha : t.sigma / s.sigma;
+    row[kWX] = repeats(a, s, t) ? 1 : s.alpha > 0 ? t.alpha / s.alpha : t.sigma / s.sigma;
     return true;
   }
   if (!(t.l < s.l)) return false;
   if (t.l == 0) {
-    w[1] = t.alpha;
+    w_d[0] = t.alpha;
     return true;
   }
   if (std::isinf(s.l) && a.scaler == Scaler::sde_4 && a.strength != 0) return false;
@@ -237,10 +240,10 @@ ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& la
   double log_rho = -log_growth(a, t.l, distance);
   if (!(log_rho <= 8 * kEps)) return false;
   if (log_rho >= -8 * kEps) log_rho = 0;
-  w[0] = t.sigma / s.sigma * exp(log_rho);
-  w[a.order + 1] = a.s_noise * t.sigma * sqrt(fabs(expm1(2 * log_rho)));
+  row[kWX] = t.sigma / s.sigma * exp(log_rho);
+  row[kWNoise] = a.s_noise * t.sigma * sqrt(fabs(expm1(2 * log_rho)));
   const double total = -t.alpha * expm1(log_rho - distance);
-  w[1] = total;
+  w_d[0] = total;
 
   double nodes[kMaxPredictions], d[kMaxPredictions];
   Level newer = t;
@@ -257,32 +260,30 @@ ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& la
     newer = v;
   }
   if (n > 1) {
-    a.method == Method::taylor ? taylor(a, nodes, n, t.l, lanes, d)
-                               : newton(a, nodes, n, t.l, choice.node_scale, lanes, d);
-    for (int j = 0; j < n; ++j) w[1 + slots[j]] += t.alpha * d[j];
+    switch (a.method) {
+      case Method::taylor: taylor(a, nodes, n, t.l, lanes, d); break;
+      case Method::newton: newton(a, nodes, n, t.l, choice.node_scale, lanes, d); break;
+    }
+    for (int j = 0; j < n; ++j) w_d[slots[j]] += t.alpha * d[j];
   }
   double sum = 0, size = 0;
-  for (int j = 1; j <= a.order; ++j) {
-    sum += w[j];
-    size += fabs(w[j]);
+  for (int j = 0; j < a.order; ++j) {
+    sum += w_d[j];
+    size += fabs(w_d[j]);
   }
-  return fabs(sum - total) <= 1e-10 * size && std::isfinite(w[0]) && std::isfinite(size) && std::isfinite(w[a.order + 1]);
+  return fabs(sum - total) <= 1e-10 * size && std::isfinite(row[kWX]) && std::isfinite(size) && std::isfinite(row[kWNoise]);
 }
 
 // Row i of the table and level i of the schedule; with the last row also the last level. The first lane writes.
 template <typename Lanes>
 ERSDE_PLAN_FN void plan_row(const PlanArgs& a, int64_t i, const Lanes& lanes) {
-  double w[kMaxPredictions + 2];
-  const bool fits = weights_of_step(a, i, lanes, w);
+  double row[kMaxColumns] = {};
+  const bool fits = weights_of_step(a, i, lanes, row);
   if (lanes.index() != 0) return;
-  double* row = a.table + i * (a.order + 2 + kColumnsBehind);
-  for (int c = 0; c < a.order + 2; ++c) *row++ = fits ? w[c] : (double)NAN;
-  const Level v = level_of(a, i);
-  const double square = v.alpha * v.alpha + v.sigma * v.sigma, sum = v.alpha + v.sigma;
-  const double behind[kColumnsBehind] = {0,           1,            1 / v.alpha, -v.sigma / v.alpha,
-                                         v.alpha / square, -v.sigma / square, 1 / sum, -v.sigma / sum,
-                                         (double)(a.first_step + (uint32_t)i)};
-  for (int c = 0; c < kColumnsBehind; ++c) *row++ = behind[c];
+  row[kCounter] = (double)(a.first_step + (uint32_t)i);
+  row[kPM] = 1;  // a prediction is its own; plan.py knows the other types
+  double* out = a.table + i * (kWD + a.order);
+  for (int c = 0; c < kWD + a.order; ++c) out[c] = fits || c < kWNoise ? row[c] : (double)NAN;
   for (int64_t k = i; k <= i + (i == a.num_steps - 1); ++k) {
     const Level at = level_of(a, k);
     a.schedule[k] = at.sigma;

@@ -1,5 +1,16 @@
 // The coefficients of one sample's step, from its row of a plan's table. Included where er_sde_math.h is, after it.
 
+// Calls f with the constant k as its type, where k is first ... last; whether it is.
+template <int first, int last, typename F>
+inline bool with_constant(int k, const F& f) {
+  if constexpr (first <= last) {
+    if (k != first) return with_constant<first + 1, last>(k, f);
+    f(std::integral_constant<int, first>());
+    return true;
+  }
+  return false;
+}
+
 template <typename A>
 struct Coefficients {
   A w[kMaxTerms];    // of each term
@@ -24,20 +35,19 @@ ERSDE_FN bool known_to_host(const Rows& r) { return !r.table && !r.scales; }
 template <typename A, int K>
 ERSDE_FN Coefficients<A> coefficients_of(const Rows& r, int64_t b) {
   const double* row = row_of(r, b);
-  const int noise_column = r.num_columns - kColumnsBehind - 1;
   bool given = row != nullptr;
-  for (int column = r.predictions + 1; given && column < noise_column; ++column) given = row[column] == 0;
+  for (int column = kWD + r.predictions; given && column < r.num_columns; ++column) given = row[column] == 0;
   const A missing = (A)as_float(0x7FC00000u);
   Coefficients<A> c{};
 #ifdef __CUDACC__
 #pragma unroll
 #endif
   for (int k = 0; k < K; ++k) c.w[k] = r.columns[k] < 0 ? A(0) : given ? (A)row[r.columns[k]] : missing;
-  c.noise = given ? (A)row[noise_column] : missing;
-  c.counter = row ? (uint32_t)row[r.num_columns - 1] : 0u;
-  if (r.prediction_column) {
-    const double scale = r.scales ? r.scales[b] : r.scale, p_m = row ? row[r.prediction_column + 1] : (double)missing;
-    c.p[0] = row ? (A)row[r.prediction_column] : missing;
+  c.noise = given ? (A)row[kWNoise] : missing;
+  c.counter = row ? (uint32_t)row[kCounter] : 0u;
+  if (r.predicts) {
+    const double scale = r.scales ? r.scales[b] : r.scale, p_m = row ? row[kPM] : (double)missing;
+    c.p[0] = row ? (A)row[kPX] : missing;
     c.p[1] = (A)(r.guided ? p_m * scale : p_m);
     c.p[2] = (A)(r.guided ? p_m * (1 - scale) : 0);
   }

@@ -6,7 +6,7 @@
 //   step_elements  everything else: dtypes, strides and shards known at run time, one element at a time.
 // No shared memory, no atomics, no torch header; a machine without a GPU compiles this file as C++ and runs it in tests.
 #include "er_sde_launch.h"
-#include "er_sde_step.h"
+#include "er_sde_prepare.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -15,12 +15,6 @@
 
 namespace ersde {
 namespace {
-
-#include "er_sde_math.h"
-#include "er_sde_rows.h"
-
-constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 1024;  // on an H100 64 lose 2 %, 16 another 2, and no bound gains less than 1 %
 
 template <typename T>
 struct Pack {  // 16 bytes of T
@@ -85,17 +79,6 @@ __device__ __forceinline__ void store(__half* p, float v) { *p = __float2half_rn
 // Torch rounds the noise itself to the tensor's type before anything is done with it.
 __device__ __forceinline__ float rounded(float v, __nv_bfloat16) { return __bfloat162float(__float2bfloat16_rn(v)); }
 __device__ __forceinline__ float rounded(float v, __half) { return __half2float(__float2half_rn(v)); }
-
-// What step_vectors needs of StepArgs.
-struct VectorArgs {
-  const void* terms[kMaxTerms];
-  const void* guide;
-  void *denoised, *out;
-  int64_t size;                      // of one sample; of the whole tensor where samples do not differ
-  Coefficients<float> coefficients;  // of every sample, where the host knows them
-  Rows rows;
-  Drawn drawn;
-};
 
 template <int K>
 __device__ __forceinline__ Coefficients<float> coefficients(const VectorArgs& a, int64_t b) {
@@ -343,8 +326,9 @@ __device__ __forceinline__ A load_any(const char* p, DType t) {
     case DType::float32: return (A)*reinterpret_cast<const float*>(p);
     case DType::float64: return (A)*reinterpret_cast<const double*>(p);
     case DType::bfloat16: return (A)load(reinterpret_cast<const __nv_bfloat16*>(p));
-    default: return (A)load(reinterpret_cast<const __half*>(p));
+    case DType::float16: return (A)load(reinterpret_cast<const __half*>(p));
   }
+  return A(0);
 }
 
 template <typename A>
@@ -353,7 +337,7 @@ __device__ __forceinline__ void store_any(char* p, DType t, A v) {
     case DType::float32: *reinterpret_cast<float*>(p) = (float)v; return;
     case DType::float64: *reinterpret_cast<double*>(p) = (double)v; return;
     case DType::bfloat16: store(reinterpret_cast<__nv_bfloat16*>(p), (float)v); return;
-    default: store(reinterpret_cast<__half*>(p), (float)v); return;
+    case DType::float16: store(reinterpret_cast<__half*>(p), (float)v); return;
   }
 }
 
@@ -364,7 +348,7 @@ __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant_
   wait_for_the_kernel_before();
   Coefficients<A> c = coefficients_of<A, kMaxTerms>(a.rows, 0);
   const bool varies = a.rows.index_stride != 0 || a.rows.scales;
-  const bool predicts = a.rows.prediction_column != 0;
+  const bool predicts = a.rows.predicts;
   const int slot = ring_slot(a.rows);
   const uint64_t torch_seed = a.drawn.torch_seed_pointer ? (uint64_t)*a.drawn.torch_seed_pointer : a.drawn.seed;
   const uint64_t torch_offset =
@@ -427,97 +411,65 @@ __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant_
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Whether step_vectors can run this: one 2- or 4-byte type, contiguous and aligned; where samples differ, whole samples, and
-// not torch's stream, which runs across them.
-bool fits_vectors(const StepArgs& a) {
-  const DType t = a.out.dtype;
-  const int64_t item = size_of(t), vector = 16 / item, last = a.ndim - 1;
-  if (t == DType::float64 || a.float64 || a.num_terms == 0 || a.rows.ring_stride % 16 != 0) return false;
-  if (a.batched) {
-    const bool one = a.sizes[0] == 1;
-    if (!one && a.drawn.source == Noise::torch) return false;
-    if (a.ndim != 2 || a.first_position != 0 || (!one && (a.sizes[1] % vector != 0 || a.sizes[0] > 65535))) return false;
-  } else if (a.ndim != 1) {
-    return false;
+// Calls f with a value of the type that holds 2- or 4-byte numbers; float64 has no vectors.
+template <typename F>
+bool with_vector_type(DType t, const F& f) {
+  switch (t) {
+    case DType::float32: f(float()); return true;
+    case DType::bfloat16: f(__nv_bfloat16()); return true;
+    case DType::float16: f(__half()); return true;
+    case DType::float64: return false;
   }
-  const auto fits = [&](const Operand& o) {
-    return !o.data || (o.dtype == t && (uintptr_t)o.data % 16 == 0 && (o.strides[last] == item || a.sizes[last] == 1) &&
-                       (a.ndim == 1 || a.sizes[0] == 1 || o.strides[0] == item * a.sizes[1]));
-  };
-  for (int k = 0; k < a.num_terms; ++k) {
-    if (!fits(a.terms[k])) return false;
-  }
-  return fits(a.out) && fits(a.denoised) && fits(a.guide);
+  return false;
 }
 
 template <typename T, int K, bool Predicts>
-void launch_vectors(const StepArgs& a, const VectorArgs& v, const Launch& on) {
-  constexpr int N = Pack<T>::size;
-  const int64_t samples = a.batched ? a.sizes[0] : 1, most = (int64_t)on.multiprocessors * kBlocksPerMultiprocessor;
-  const int64_t wanted = ceil_div(ceil_div(v.size, N), kThreads), each = ceil_div(most, samples);
-  const dim3 grid((unsigned)(wanted < each ? wanted : each), (unsigned)samples);
-  if (a.drawn.source == Noise::none) {
-    ERSDE_LAUNCH((step_vectors<T, K, Noise::none, Predicts>), grid, dim3(kThreads), on.stream, v, on.early);
-  } else if constexpr (K < kMaxTerms) {
-    if (a.drawn.source == Noise::portable) {
-      ERSDE_LAUNCH((step_vectors<T, K, Noise::portable, Predicts>), grid, dim3(kThreads), on.stream, v, on.early);
+bool launch_vectors(const StepLaunch& l, const Launch& on) {
+  const dim3 grid(l.grid[0], l.grid[1]);
+  if (l.source == Noise::none) {
+    ERSDE_LAUNCH((step_vectors<T, K, Noise::none, Predicts>), grid, dim3(kThreads), on.stream, l.vector, on.early);
+    return true;
+  }
+  if constexpr (K < kMaxTerms) {  // of which one is the noise that is not drawn
+    if (l.source == Noise::portable) {
+      ERSDE_LAUNCH((step_vectors<T, K, Noise::portable, Predicts>), grid, dim3(kThreads), on.stream, l.vector, on.early);
     } else {
-      const int64_t across = ceil_div(a.drawn.torch_threads / N, kThreads), blocks = ceil_div(v.size, 4 * a.drawn.torch_threads);
-      const int64_t down = ceil_div(most, across);
-      const dim3 torch_grid((unsigned)across, (unsigned)(blocks < down ? blocks : down));
-      ERSDE_LAUNCH((step_vectors_torch<T, K, Predicts>), torch_grid, dim3(kThreads), on.stream, v, on.early);
+      ERSDE_LAUNCH((step_vectors_torch<T, K, Predicts>), grid, dim3(kThreads), on.stream, l.vector, on.early);
     }
+    return true;
   }
+  return false;
 }
 
-template <typename T, int K>
-void launch_kind(const StepArgs& a, const VectorArgs& v, const Launch& on) {
-  if constexpr (K >= 2) {
-    if (a.rows.prediction_column) return launch_vectors<T, K, true>(a, v, on);
-  }
-  launch_vectors<T, K, false>(a, v, on);
+// Whether there is such a kernel.
+bool launch_vectors(const StepLaunch& l, const Launch& on) {
+  bool there = false;
+  with_vector_type(l.dtype, [&](auto number) {
+    with_constant<1, kMaxTerms>(l.terms, [&](auto k) {
+      using T = decltype(number);
+      constexpr int K = decltype(k)::value;
+      if (!l.predicts) there = launch_vectors<T, K, false>(l, on);
+      if constexpr (K >= 2) {
+        if (l.predicts) there = launch_vectors<T, K, true>(l, on);
+      }
+    });
+  });
+  return there;
 }
 
-template <typename T>
-void launch_terms(const StepArgs& a, const VectorArgs& v, const Launch& on) {
-  switch (a.num_terms) {
-    case 1: return launch_kind<T, 1>(a, v, on);
-    case 2: return launch_kind<T, 2>(a, v, on);
-    case 3: return launch_kind<T, 3>(a, v, on);
-    case 4: return launch_kind<T, 4>(a, v, on);
-    case 5: return launch_kind<T, 5>(a, v, on);
-    case 6: return launch_kind<T, 6>(a, v, on);
-    default: return launch_kind<T, 7>(a, v, on);
-  }
+template <typename A>
+void launch_elements(const StepLaunch& l, const Launch& on) {
+  const dim3 grid(l.grid[0]);
+  if (l.large) ERSDE_LAUNCH((step_elements<A, uint64_t>), grid, dim3(kThreads), on.stream, *l.elements, on.early);
+  else ERSDE_LAUNCH((step_elements<A, uint32_t>), grid, dim3(kThreads), on.stream, *l.elements, on.early);
 }
 
 }  // namespace
 
 const char* step_cuda(const StepArgs& a, const Launch& on) {
-  if (fits_vectors(a)) {
-    VectorArgs v{};
-    for (int k = 0; k < a.num_terms; ++k) v.terms[k] = a.terms[k].data;
-    v.guide = a.guide.data;
-    v.denoised = a.denoised.data;
-    v.out = a.out.data;
-    v.size = a.batched ? a.sizes[1] : a.numel;
-    v.rows = a.rows;
-    v.drawn = a.drawn;
-    if (known_to_host(a.rows)) v.coefficients = coefficients_of<float, kMaxTerms>(a.rows, 0);
-    if (a.out.dtype == DType::float32) launch_terms<float>(a, v, on);
-    else if (a.out.dtype == DType::bfloat16) launch_terms<__nv_bfloat16>(a, v, on);
-    else launch_terms<__half>(a, v, on);
-  } else {
-    const int64_t wanted = ceil_div(a.numel, kThreads), most = (int64_t)on.multiprocessors * kBlocksPerMultiprocessor;
-    const dim3 grid((unsigned)(wanted < most ? wanted : most));
-    const bool small = a.numel < (int64_t{1} << 32);
-    if (a.float64 && small) ERSDE_LAUNCH((step_elements<double, uint32_t>), grid, dim3(kThreads), on.stream, a, on.early);
-    else if (a.float64) ERSDE_LAUNCH((step_elements<double, uint64_t>), grid, dim3(kThreads), on.stream, a, on.early);
-    else if (small) ERSDE_LAUNCH((step_elements<float, uint32_t>), grid, dim3(kThreads), on.stream, a, on.early);
-    else ERSDE_LAUNCH((step_elements<float, uint64_t>), grid, dim3(kThreads), on.stream, a, on.early);
-  }
+  const StepLaunch l = launch_of(a, on.multiprocessors);
+  if (!l.vectors) l.float64 ? launch_elements<double>(l, on) : launch_elements<float>(l, on);
+  else if (!launch_vectors(l, on)) return "there is no kernel for so many terms";
   return launch_error();
 }
 

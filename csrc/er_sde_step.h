@@ -2,6 +2,7 @@
 // No torch header.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 namespace ersde {
 
@@ -9,15 +10,28 @@ constexpr int kMaxDims = 12;  // x has fewer: portable noise may add an inner di
 constexpr int kMaxPredictions = 5;
 constexpr int kMaxTerms = kMaxPredictions + 2;  // x, predictions, a noise tensor
 
-// A row of a plan's table, as plan.py lays it out:
-// w_x | w_d[0] ... w_d[order - 1] | w_noise | of each prediction type the factors of x and of the output | the noise's counter
-constexpr int kPredictionTypes = 4;
-constexpr int kColumnsBehind = 2 * kPredictionTypes + 1;  // w_noise
-constexpr int kMaxColumns = kMaxPredictions + 2 + kColumnsBehind;
+// A row of a plan's table, as table.py has it: what every row holds, then w_d[0] ... w_d[order - 1].
+enum Column : int {
+  kCounter,  // of the portable noise
+  kPX,       // of x and of the model's output in the prediction
+  kPM,
+  kWNoise,
+  kWX,
+  kWD,
+};
+constexpr int kMaxColumns = kWD + kMaxPredictions;
 
 enum class DType : int32_t { float32, float64, bfloat16, float16 };
 
-constexpr int size_of(DType t) { return t == DType::float64 ? 8 : t == DType::float32 ? 4 : 2; }
+constexpr int size_of(DType t) {
+  switch (t) {
+    case DType::float64: return 8;
+    case DType::float32: return 4;
+    case DType::bfloat16:
+    case DType::float16: return 2;
+  }
+  return 0;
+}
 
 struct Operand {
   char* data;
@@ -42,7 +56,7 @@ struct Rows {
 
   // From a model's output to its prediction, which takes the output's place as term 1:
   // denoised = p_x x + p_m (guide + scale (output - guide)), without a guide p_x x + p_m output.
-  int prediction_column;      // of p_x; p_m follows; 0: term 1 is the prediction itself
+  bool predicts;              // or term 1 is the prediction itself
   bool guided;
   double scale;
   const double* scales;       // one for each sample, or nullptr
@@ -73,7 +87,7 @@ struct StepArgs {
   int num_terms;
   Operand terms[kMaxTerms];  // x, predictions (or the model's output and earlier ones), noise
   Operand out;
-  Operand denoised, guide;  // with a prediction_column
+  Operand denoised, guide;  // of a step that predicts
   bool float64;             // accumulate in float64
   Rows rows;
   Drawn drawn;

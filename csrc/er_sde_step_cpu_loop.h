@@ -17,8 +17,10 @@ inline T load_one(const char* p, DType t) {
   switch (t) {
     case DType::float32: { float v; __builtin_memcpy(&v, p, 4); return (T)v; }
     case DType::float64: { double v; __builtin_memcpy(&v, p, 8); return (T)v; }
-    default: { uint16_t v; __builtin_memcpy(&v, p, 2); return (T)to_float(v, t); }
+    case DType::bfloat16:
+    case DType::float16: { uint16_t v; __builtin_memcpy(&v, p, 2); return (T)to_float(v, t); }
   }
+  return T(0);
 }
 
 template <typename T>
@@ -105,16 +107,7 @@ void combine(S* out, const S* const* rows, const T* z, const T* weights, int n) 
 
 template <bool Draws, typename T, typename S>
 void combine_any(S* out, const S* const* rows, int num_rows, const T* z, const T* weights, int n) {
-  switch (num_rows) {
-    case 0: return combine<0, Draws, T, S>(out, rows, z, weights, n);
-    case 1: return combine<1, Draws, T, S>(out, rows, z, weights, n);
-    case 2: return combine<2, Draws, T, S>(out, rows, z, weights, n);
-    case 3: return combine<3, Draws, T, S>(out, rows, z, weights, n);
-    case 4: return combine<4, Draws, T, S>(out, rows, z, weights, n);
-    case 5: return combine<5, Draws, T, S>(out, rows, z, weights, n);
-    case 6: return combine<6, Draws, T, S>(out, rows, z, weights, n);
-    default: return combine<7, Draws, T, S>(out, rows, z, weights, n);
-  }
+  with_constant<0, kMaxTerms>(num_rows, [&](auto k) { combine<k.value, Draws, T, S>(out, rows, z, weights, n); });
 }
 
 inline void box_muller_row(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n) {
@@ -225,7 +218,7 @@ struct Recipe {
   uint32_t counter;
   bool predicts, draws;
 
-  Recipe(const StepArgs& a, int64_t b) : predicts(a.rows.prediction_column != 0) {
+  Recipe(const StepArgs& a, int64_t b) : predicts(a.rows.predicts) {
     const auto c = coefficients_of<T, kMaxTerms>(a.rows, b);
     const int slot = ring_slot(a.rows);
     newest = ring_offset(a.rows, slot, 0);
@@ -276,7 +269,7 @@ inline void combine_row(S* out, const S* const* rows, const Sum<T>& sum, const W
 // prefetches across pages, but where noise or a prediction is to stay in cache.
 template <typename T, typename S>
 void step_in_place(const StepArgs& a, int64_t begin, int64_t end) {
-  const bool stays = a.drawn.source == Noise::portable || a.rows.prediction_column != 0;
+  const bool stays = a.drawn.source == Noise::portable || a.rows.predicts;
   for_each_row<T>(a, begin, end, stays ? kTile : int64_t{1} << 30, [](const Walk& walk, const Recipe<T>& recipe, int n) {
     const auto combine = [&](char* out, const Sum<T>& sum, bool draws) {
       const S* rows[kMaxTerms];

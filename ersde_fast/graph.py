@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .backends import BACKENDS
 from .noise import Portable, TorchStream, has_values, seed_table
-from .plan import PREDICTION_TYPES, Plan
+from .plan import Plan
+from .predictions import PREDICTION_TYPES
 from .request import OutputArguments, StepRequest, model_output
 from .sample import levels_of, with_newest
 from .step import fast_step, step_of
@@ -38,7 +39,7 @@ class _Captured:
             raise ValueError("shape must have a batch dimension, got ()")
         self.model, self.prediction_type, self.guidance_scale, self.captured_for = model, prediction_type, guidance_scale, plan
         device = torch.empty(0, device=device).device
-        plan = plan.to(device)
+        plan = plan.predicting(prediction_type).to(device)
         self.plan_in_memory = plan
         with torch.inference_mode(False):  # later calls write what is made here, under inference mode or not
             self.plan = replace(plan, table=plan.table.clone())
@@ -100,7 +101,7 @@ class _Captured:
         if seed is None:
             seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
         seeds = seed_table(seed, len(self.seeds))
-        plan = plan.to(self.x.device)
+        plan = plan.predicting(self.prediction_type).to(self.x.device)
         if plan is not self.plan_in_memory:
             self.levels.copy_(plan.sigmas[:, None])
             if self.x.is_cuda:

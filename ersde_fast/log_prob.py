@@ -30,7 +30,7 @@ def step_log_prob(plan, i, x: Tensor, history, x_next: Tensor, *, prediction_typ
     """
     output = OutputArguments(prediction_type, guidance)
     if torch.compiler.is_dynamo_compiling():
-        return log_prob(StepRequest(plan, i, x, history, output=model_output(output)), x_next)
+        return log_prob(StepRequest(plan.predicting(prediction_type), i, x, history, output=model_output(output)), x_next)
     request = checked(plan, i, x, history, output=output)
     check_like("x_next", x_next, x)
     check_log_prob(plan, i)
@@ -41,7 +41,7 @@ def log_prob(request: StepRequest, x_next: Tensor) -> Tensor:
     """The log-density of the step of a request at x_next."""
     row, x, history = row_of_request(request), request.x, request.history
     if request.output is not None:
-        history = [prediction(row, x, history[0], request.output, torch.float64), *history[1:]]
+        history = [prediction(row.prediction, x, history[0], request.output, torch.float64), *history[1:]]
     mean = linear_combination([(row.w_x, x), *zip(row.w_d, history, strict=False)], x, torch.float64)
     if isinstance(w_noise := row.w_noise, Tensor):
         w_noise = torch.where(w_noise > 0, w_noise, math.nan)

@@ -30,7 +30,7 @@ class NoiseScaler:
     name: str
     full_growth: Callable[[Tensor, Tensor], Tensor]
     at_infinity: bool = True
-    form: int | None = None
+    form: str | None = None
     strength: float = 1.0
 
     def log_growth(self, l: Tensor, y: Tensor, eta: float) -> Tensor:
@@ -52,7 +52,7 @@ def reverse_time_sde(eta: float) -> NoiseScaler:
         eta: at least 0 and finite.
     """
     eta = nonnegative("eta", eta)
-    return NoiseScaler(f"reverse_time_sde({eta!r})", _sde, form=0, strength=eta)
+    return NoiseScaler(f"reverse_time_sde({eta!r})", _sde, form="sde", strength=eta)
 
 
 def nonnegative(name: str, value) -> float:
@@ -94,11 +94,11 @@ def _sde_5(l: Tensor, y: Tensor) -> Tensor:
 NOISE_SCALERS = {
     "ode": reverse_time_sde(0),
     "sde": reverse_time_sde(1),
-    "sde_1": NoiseScaler("sde_1", _sde_1, form=1),
+    "sde_1": NoiseScaler("sde_1", _sde_1, form="sde_1"),
     "sde_2": reverse_time_sde(0.5),
     "sde_3": reverse_time_sde(1.5),
-    "sde_4": NoiseScaler("sde_4", _sde_4, at_infinity=False, form=2),
-    "sde_5": NoiseScaler("sde_5", _sde_5, form=3),
+    "sde_4": NoiseScaler("sde_4", _sde_4, at_infinity=False, form="sde_4"),
+    "sde_5": NoiseScaler("sde_5", _sde_5, form="sde_5"),
 }
 
 

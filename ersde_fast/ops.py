@@ -6,6 +6,8 @@ the derivatives in both directions are the weights, so nothing is kept for them 
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +17,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import choose
 from .noise import Portable, TorchStream, seed_table
-from .plan import COLUMNS_BEHIND, PlanStack
 from .reference import look_up, per_sample, table_for
 from .request import ModelOutput, StepRequest
+from .table import W_D, W_NOISE, Row, Table
 
 TRACED = ("FakeTensor", "FunctionalTensor")  # types that stand for plain tensors while torch traces
 
@@ -27,7 +29,7 @@ SCHEMA = (
 )
 LIBRARY = torch.library.Library("ersde_fast", "DEF")
 LIBRARY.define("step" + SCHEMA.format("", "Tensor"))
-LIBRARY.define("step_from_output" + SCHEMA.format(", int kind, Tensor? unconditional, Tensor? scale", "(Tensor, Tensor)"))
+LIBRARY.define("step_from_output" + SCHEMA.format(", Tensor? unconditional, Tensor? scale", "(Tensor, Tensor)"))
 STEP = torch.ops.ersde_fast.step.default
 STEP_FROM_OUTPUT = torch.ops.ersde_fast.step_from_output.default
 
@@ -69,10 +71,10 @@ def run(request: StepRequest):
     arguments = (table, plan_index, step_index, x, list(request.history), noise, seeds, *shard)
     if request.output is None:
         return STEP(*arguments)
-    kind, unconditional, scale = request.output
+    unconditional, scale = request.output
     if unconditional is not None and not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float64, device="cpu")
-    return STEP_FROM_OUTPUT(*arguments, kind, unconditional, scale)
+    return STEP_FROM_OUTPUT(*arguments, unconditional, scale)
 
 
 def _fake(fake_mode, tensor: Tensor | None) -> Tensor | None:
@@ -93,52 +95,109 @@ def _seeds_to_trace(seeds, x: Tensor) -> Tensor:
     return seed_table(seeds, batch).to(x.device)
 
 
-def _kernel(table, plan_index, step_index, x, history, noise, seeds, *shard_and_output):
+class Call(NamedTuple):
+    """The arguments of one call of either operator, by name; `history` behind the others, so that they lie flat before it.
+
+    What is known of an argument, such as whether it needs a gradient, is a Call too.
+    """
+
+    table: Tensor
+    plan_index: Tensor | None
+    step_index: Tensor
+    x: Tensor
+    noise: Tensor | None
+    seeds: Tensor | None
+    global_shape: Sequence[int]
+    global_start: Sequence[int]
+    unconditional: Tensor | None
+    scale: Tensor | None
+    history: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, arguments) -> "Call":
+        """Of arguments in the schema's order."""
+        return cls(**dict.fromkeys(IN_ORDER) | dict(zip(IN_ORDER, arguments, strict=False)))
+
+    @classmethod
+    def of_flat(cls, values) -> "Call":
+        fixed = len(cls._fields) - 1
+        return cls(*values[:fixed], history=values[fixed:])
+
+    def flat(self) -> tuple:
+        return *self[:-1], *self.history
+
+    def arguments(self, operator) -> list:
+        """In the schema's order."""
+        arguments = [getattr(self, name) for name in IN_ORDER]
+        return arguments if operator is STEP_FROM_OUTPUT else arguments[: -len(OF_OUTPUT)]
+
+    def linear(self) -> list:
+        """Those that a step is linear in."""
+        return [self.x, *self.history, self.noise, self.unconditional]
+
+
+OF_OUTPUT = ("unconditional", "scale")
+IN_ORDER = ("table", "plan_index", "step_index", "x", "history", "noise", "seeds", "global_shape", "global_start", *OF_OUTPUT)
+
+
+def _kernel(operator, *arguments):
     """Runs the step on the fastest backend that fits."""
-    global_shape, global_start, *behind = shard_and_output
-    i = step_index if plan_index is None else (plan_index, step_index)
-    order, silent = table.shape[-1] - 2 - COLUMNS_BEHIND, noise is None and seeds is None
-    if (silent or len(history) < order) and plan_index is None and table.is_cpu and step_index.is_cpu:
-        row = table[step_index]
-        if silent and row[order + 1] != 0:
+    call = Call.of(arguments)
+    draws = call.seeds is not None
+    plan, silent = Table(call.table, draws), call.noise is None and not draws
+    if (silent or len(call.history) < plan.order) and call.plan_index is None and call.table.is_cpu and call.step_index.is_cpu:
+        row = call.table[call.step_index]
+        if silent and row[W_NOISE] != 0:
             raise ValueError("noise or seeds is needed: the weight of the noise is not 0 at this step")
-        if (row[1 + len(history) : order + 1] != 0).any():
-            raise ValueError(f"history must hold every prediction that the step uses, got {len(history)}")
-    if seeds is not None:
-        noise = Portable(seeds, global_shape, global_start)
+        if (row[W_D + len(call.history) :] != 0).any():
+            raise ValueError(f"history must hold every prediction that the step uses, got {len(call.history)}")
+    i = call.step_index if call.plan_index is None else (call.plan_index, call.step_index)
+    noise = TorchStream() if call.noise is None else call.noise
+    if draws:
+        noise = Portable(call.seeds, call.global_shape, call.global_start)
     output = None
-    if behind:
-        kind, unconditional, scale = behind
-        output = ModelOutput(kind, unconditional, scale.item() if scale is not None and scale.dim() == 0 else scale)
-    source = TorchStream() if noise is None else noise
-    request = StepRequest(PlanStack(table, seeds is not None), i, x, history, source, seeds is not None, output)
+    if operator is STEP_FROM_OUTPUT:
+        one = call.scale is not None and call.scale.dim() == 0
+        output = ModelOutput(call.unconditional, call.scale.item() if one else call.scale)
+    request = StepRequest(plan, i, call.x, call.history, noise, draws, output)
     return choose(request).run(request)
 
 
-def _shapes(table, plan_index, step_index, x, history, noise, seeds, global_shape, global_start, *behind):
+def _shapes(operator, *arguments):
     """What the operator returns, without numbers."""
-    for tensor in (*history, noise, *behind[1:2]):
+    call = Call.of(arguments)
+    for tensor in call.linear():
         if tensor is not None:
-            torch._check(tensor.shape == x.shape, lambda: "history, noise and unconditional must have the shape of x")
-    return (torch.empty_like(x), torch.empty_like(x)) if behind else torch.empty_like(x)
+            torch._check(tensor.shape == call.x.shape, lambda: "history, noise and unconditional must have the shape of x")
+    if operator is STEP:
+        return torch.empty_like(call.x)
+    return torch.empty_like(call.x), torch.empty_like(call.x)
 
 
-def _coefficients(table, plan_index, step_index, scale, dim: int, uses: int, kind: int, guided: bool) -> list[list]:
-    """For each result, the factor of each input: of x, the predictions, the noise, and the unconditional output.
+class _Form(NamedTuple):
+    """What the derivative rules know of a call beside its numbers."""
 
-    Tensors of float64 that broadcast with x, of `dim` dimensions, or None where a result does not depend on an input.
+    dim: int
+    history: int
+    predicts: bool
+    guided: bool
+
+
+def _coefficients(table, plan_index, step_index, scale, form: _Form) -> list[list]:
+    """For each result, the factor of each input that it is linear in, in the order of `Call.linear`.
+
+    Tensors of float64 that broadcast with x, or None where a result does not depend on an input.
     """
-    row = look_up(table, step_index if plan_index is None else (plan_index, step_index))
-    column = [per_sample(c, dim) for c in row.unbind(-1)]
-    noise_column = len(column) - 1 - COLUMNS_BEHIND
-    plain = [*column[: 1 + uses], column[noise_column], None]
-    if kind < 0:
+    columns = look_up(table, step_index if plan_index is None else (plan_index, step_index))
+    row = Row.of([per_sample(column, form.dim) for column in columns.unbind(-1)])
+    plain = [row.w_x, *row.w_d[: form.history], row.w_noise, None]
+    if not form.predicts:
         return [plain]
-    p_x, p_m = column[noise_column + 1 + 2 * kind], column[noise_column + 2 + 2 * kind]
-    scale = per_sample(scale, dim) if guided else 1.0
-    predicted = [p_x, p_m * scale, *[None] * uses, p_m * (1 - scale) if guided else None]
-    chained = [None if p is None else column[1] * p for p in predicted]
-    own = [column[0], None, *plain[2:]]
+    p_x, p_m = row.prediction
+    scale = per_sample(scale, form.dim) if form.guided else 1.0
+    predicted = [p_x, p_m * scale, *[None] * form.history, p_m * (1 - scale) if form.guided else None]
+    chained = [None if p is None else row.w_d[0] * p for p in predicted]
+    own = [row.w_x, None, *plain[2:]]
     return [[b if a is None else a if b is None else a + b for a, b in zip(own, chained, strict=True)], predicted]
 
 
@@ -151,75 +210,63 @@ def _weighted(terms, dtype: torch.dtype) -> Tensor | None:
     return sum(w.to(exact) * t.to(exact) for w, t in terms).to(dtype)
 
 
-def _linear(flat, n: int) -> list:
-    """Of the operator's arguments, its n predictions not in a list, those it is linear in: x, predictions, noise, unconditional."""
-    x, *rest = flat[3:]
-    return [x, *rest[:n], rest[n], rest[n + 5] if len(rest) > n + 4 else None]
-
-
 class _Step(torch.autograd.function._SingleLevelFunction):
     """The derivative rules. One level of differentiation each: the dispatcher stacks levels, torch.func's too."""
 
     @staticmethod
-    def forward(operator, n, table, plan_index, step_index, x, *rest):
+    def forward(operator, *flat):
         # Outer levels may differentiate what happens here, so their switches are on, as they were outside.
         with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            return operator(table, plan_index, step_index, x, rest[:n], *rest[n:])
+            return operator(*Call.of_flat(flat).arguments(operator))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, n, *flat = inputs
-        kind, unconditional, scale = flat[8 + n :] or (-1, None, None)
-        table, plan_index, step_index, x = flat[:4]
-        ctx.save_for_backward(table, plan_index, step_index, scale)
-        ctx.save_for_forward(table, plan_index, step_index, scale)
-        ctx.form = (x.dim(), n, kind, unconditional is not None)
-        ctx.dtypes = [None if t is None else t.dtype for t in _linear(flat, n)]
+        operator, *flat = inputs
+        call = Call.of_flat(flat)
+        ctx.save_for_backward(call.table, call.plan_index, call.step_index, call.scale)
+        ctx.save_for_forward(call.table, call.plan_index, call.step_index, call.scale)
+        ctx.form = _Form(call.x.dim(), len(call.history), operator is STEP_FROM_OUTPUT, call.unconditional is not None)
+        ctx.dtypes = [None if t is None else t.dtype for t in call.linear()]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
-        _, n, kind, _ = ctx.form
-        factors = _coefficients(*ctx.saved_tensors, *ctx.form)
-        needed = _linear(ctx.needs_input_grad[2:], n)
+        factors = _coefficients(*ctx.saved_tensors, ctx.form)
+        _, *needed = ctx.needs_input_grad
         x, *history, noise, unconditional = (
             _weighted([(f[k], g) for f, g in zip(factors, grads, strict=True)], dtype) if need else None
-            for k, (dtype, need) in enumerate(zip(ctx.dtypes, needed, strict=True))
+            for k, (dtype, need) in enumerate(zip(ctx.dtypes, Call.of_flat(needed).linear(), strict=True))
         )
-        behind = () if kind < 0 else (None, unconditional, None)
-        return *[None] * 5, x, *history, noise, None, None, None, *behind
+        gradients = Call.of([])._replace(x=x, history=history, noise=noise, unconditional=unconditional)
+        return None, *gradients.flat()
 
     @staticmethod
     def jvp(ctx, *tangents):
-        _, n, kind, _ = ctx.form
-        tangents = _linear(tangents[2:], n)
+        _, *tangents = tangents
+        tangents = Call.of_flat(tangents).linear()
         any_tangent = next(t for t in tangents if t is not None)
         results = []
-        for factors in _coefficients(*ctx.saved_tensors, *ctx.form):
+        for factors in _coefficients(*ctx.saved_tensors, ctx.form):
             result = _weighted(zip(factors, tangents, strict=True), ctx.dtypes[0])
             results.append(torch.zeros_like(any_tangent, dtype=ctx.dtypes[0]) if result is None else result)
-        return results[0] if kind < 0 else tuple(results)
+        return tuple(results) if ctx.form.predicts else results[0]
 
 
-def _differentiable(operator, table, plan_index, step_index, x, history, *rest):
+def _differentiable(operator, *arguments):
     """Follows what autograd wants to know, and passes on."""
-    flat = (table, plan_index, step_index, x, *history, *rest)
-    if any(_is_differentiated(t) for t in _linear(flat, len(history)) if t is not None):
+    call = Call.of(arguments)
+    if any(_is_differentiated(t) for t in call.linear() if t is not None):
         with enable_single_level_autograd_function():
-            return _Step.apply(operator, len(history), *flat)
+            return _Step.apply(operator, *call.flat())
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(table, plan_index, step_index, x, history, *rest)
+        return operator(*arguments)
 
 
-def _batched(operator, info, in_dims, *args):
+def _batched(operator, info, in_dims, *arguments):
     """vmap: the mapped dimension joins the batch, so one step serves all; noise depends on seeds and position, as without."""
-    table, plan_index, step_index, x, history, noise, seeds, global_shape, global_start, *behind = args
-    table_dim, plan_dim, step_dim, x_dim, history_dims, noise_dim, seeds_dim, _, _, *behind_dims = in_dims
-    if table_dim is not None:
+    call, dims, n = Call.of(arguments), Call.of(in_dims), info.batch_size
+    if dims.table is not None:
         raise NotImplementedError("vmap over the plan is not supported: stack the plans and map plan_index")
-    kind, unconditional, scale = behind or (-1, None, None)
-    _, unconditional_dim, scale_dim = behind_dims or (None, None, None)
-    n = info.batch_size
 
     def first(tensor, dim):
         return tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -228,8 +275,8 @@ def _batched(operator, info, in_dims, *args):
         """[n, batch, ...] to [n batch, ...]; what is [n] or [n, ...] of 0-dim samples stays."""
         return None if tensor is None else first(tensor, dim).flatten(0, min(1, tensor_dims))
 
-    tensor_dims = x.dim() - (x_dim is not None)
-    batch = first(x, x_dim).shape[1] if tensor_dims else 1
+    tensor_dims = call.x.dim() - (dims.x is not None)
+    batch = first(call.x, dims.x).shape[1] if tensor_dims else 1
 
     def numbers(tensor, dim):
         """One for all, or one for each sample."""
@@ -238,26 +285,32 @@ def _batched(operator, info, in_dims, *args):
         tensor = first(tensor, dim)
         return (tensor[:, None].expand(n, batch) if tensor.dim() == 1 else tensor).reshape(n * batch)
 
-    plan_index, step_index = numbers(plan_index, plan_dim), numbers(step_index, step_dim)
+    table, plan_index = call.table, numbers(call.plan_index, dims.plan_index)
+    step_index = numbers(call.step_index, dims.step_index)
     if step_index.dim() == 1 and plan_index is None:
-        step_index = step_index.to(x.device)
-        table, plan_index = table.to(x.device)[None], torch.zeros_like(step_index)
-    if seeds is not None:
-        seeds = first(seeds, seeds_dim).reshape(n * batch, 2)
-    results = operator(
-        table, plan_index, step_index, joined(x, x_dim), [joined(d, dim) for d, dim in zip(history, history_dims, strict=True)],
-        joined(noise, noise_dim), seeds, global_shape, global_start,
-        *([kind, joined(unconditional, unconditional_dim), numbers(scale, scale_dim)] if behind else []),
-    )  # fmt: skip
+        step_index = step_index.to(call.x.device)
+        table, plan_index = table.to(call.x.device)[None], torch.zeros_like(step_index)
+    whole = call._replace(
+        table=table,
+        plan_index=plan_index,
+        step_index=step_index,
+        x=joined(call.x, dims.x),
+        history=[joined(d, dim) for d, dim in zip(call.history, dims.history, strict=True)],
+        noise=joined(call.noise, dims.noise),
+        seeds=None if call.seeds is None else first(call.seeds, dims.seeds).reshape(n * batch, 2),
+        unconditional=joined(call.unconditional, dims.unconditional),
+        scale=numbers(call.scale, dims.scale),
+    )
+    results = operator(*whole.arguments(operator))
 
     def split(result):
         return result.unflatten(0, (n, batch)) if tensor_dims else result
 
-    return (tuple(map(split, results)), (0, 0)) if behind else (split(results), 0)
+    return (split(results), 0) if operator is STEP else (tuple(map(split, results)), (0, 0))
 
 
 for _operator, _name in [(STEP, "ersde_fast::step"), (STEP_FROM_OUTPUT, "ersde_fast::step_from_output")]:
-    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, functools.partial(_kernel, _operator), "CompositeExplicitAutograd")
     LIBRARY.impl(_name, functools.partial(_differentiable, _operator), "Autograd")
-    torch.library.register_fake(_name, _shapes, lib=LIBRARY)
+    torch.library.register_fake(_name, functools.partial(_shapes, _operator), lib=LIBRARY)
     torch.library.register_vmap(_name, functools.partial(_batched, _operator), lib=LIBRARY)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .noise import has_values, seeds_of, specified_noise
-from .plan import Row
+from .table import Row
 
 if TYPE_CHECKING:
     from .request import ModelOutput, StepRequest
@@ -20,13 +20,13 @@ def step_of(request: "StepRequest", noise: Tensor | None):
     row, x, history = row_of_request(request), request.x, request.history
     if request.output is None:
         return next_sample(row, x, history, noise)
-    denoised = prediction(row, x, history[0], request.output)
+    denoised = prediction(row.prediction, x, history[0], request.output)
     return next_sample(row, x, [denoised, *history[1:]], noise), denoised
 
 
-def prediction(row: Row, x: Tensor, output: Tensor, of: "ModelOutput", dtype: torch.dtype | None = None) -> Tensor:
-    """denoised = p_x x + p_m (unconditional + scale (output - unconditional)), in the dtype of x."""
-    p_x, p_m = row.predictions[of.kind]
+def prediction(factors, x: Tensor, output: Tensor, of: "ModelOutput", dtype: torch.dtype | None = None) -> Tensor:
+    """denoised = p_x x + p_m (unconditional + scale (output - unconditional)), in the dtype of x; factors: p_x and p_m."""
+    p_x, p_m = factors
     if of.unconditional is None:
         return linear_combination([(p_x, x), (p_m, output)], x, dtype)
     scale = per_sample(of.scale, x.dim()) if isinstance(of.scale, Tensor) else of.scale

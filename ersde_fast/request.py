@@ -9,25 +9,23 @@ from torch import Tensor
 
 from .backends.base import FLOATS
 from .noise import MAX_POSITIONS, TORCH_PIECE, Portable, TorchStream, check_torch_layout, has_values, seeds_of
-from .plan import PREDICTION_TYPES, Plan, PlanStack, Row
+from .plan import Plan, PlanStack
+from .predictions import PREDICTION_TYPES
+from .table import Row, Table
 
 Seed = int | Sequence[int] | Sequence[tuple[int, int]] | Tensor
 StepIndex = int | Tensor | tuple[Tensor, Tensor]
 Guidance = tuple[Tensor, float | Tensor]
-
-NUMBER_OF_TYPE = {name: k for k, name in enumerate(PREDICTION_TYPES)}
 
 
 class ModelOutput(NamedTuple):
     """That history[0] is a model's output, and what makes the prediction of it.
 
     Attributes:
-        kind: the number of its prediction type.
         unconditional: the output that guides it, of the shape of x, or None.
         scale: of the guidance, a number or float64 [batch].
     """
 
-    kind: int
     unconditional: Tensor | None = None
     scale: float | Tensor | None = None
 
@@ -36,7 +34,7 @@ class StepRequest(NamedTuple):
     """One step, checked.
 
     Attributes:
-        plan: whose table holds the weights, on the host or where x lies.
+        plan: whose table holds the weights, and with `output` the factors of its type, on the host or where x lies.
         i: a number, an int64 tensor [], or a pair (plan_index, step_index) of int64 [batch].
         x: [batch, ...] the current sample.
         history: as many predictions of the shape of x, newest first, as the step may read; with `output` the first is the model's.
@@ -48,7 +46,7 @@ class StepRequest(NamedTuple):
             and the new prediction goes to the ring; i is a tensor on the device of x.
     """
 
-    plan: Plan | PlanStack
+    plan: Table
     i: StepIndex
     x: Tensor
     history: Sequence[Tensor]
@@ -100,7 +98,7 @@ def checked(
     """
     _check_tensor("x", x)
     uses = _check_index(plan, i, x)
-    if output.prediction_type is not None and output.prediction_type not in PREDICTION_TYPES:
+    if output.prediction_type is not None and not _is_type(output.prediction_type):
         names = ", ".join(map(repr, PREDICTION_TYPES))
         raise ValueError(f"prediction_type must be None or one of {names}, got {output.prediction_type!r}")
     if output.prediction_type is not None:
@@ -112,6 +110,7 @@ def checked(
         raise ValueError(f"history must hold the {uses} newest predictions{at}, got {len(history)}")
     for j, denoised in enumerate(history[:uses]):
         check_like(f"history[{j}]", denoised, x)
+    plan = plan.predicting(output.prediction_type)
     row = known_row(plan, i)
     _check_output(row, i, x, output)
     draws = plan.draws if row is None else row.w_noise != 0
@@ -207,7 +206,11 @@ def model_output(given: OutputArguments) -> ModelOutput | None:
     if given.prediction_type is None:
         return None
     unconditional, scale = (None, None) if given.guidance is None else pair_of(given.guidance)
-    return ModelOutput(NUMBER_OF_TYPE[given.prediction_type], unconditional, scale)
+    return ModelOutput(unconditional, scale)
+
+
+def _is_type(prediction_type) -> bool:
+    return isinstance(prediction_type, str) and prediction_type in PREDICTION_TYPES
 
 
 def pair_of(guidance):
@@ -220,7 +223,7 @@ def pair_of(guidance):
 def _check_output(row: Row | None, i, x: Tensor, output: OutputArguments) -> None:
     """Checks what turns a model's output into a prediction."""
     prediction_type, guidance = output
-    if prediction_type is not None and row and not math.isfinite(row.predictions[NUMBER_OF_TYPE[prediction_type]][0]):
+    if prediction_type is not None and row and not math.isfinite(row.prediction[0]):
         raise ValueError(
             f'prediction_type "{prediction_type}" says nothing of the clean sample where alpha is 0, as at step {int(i)}'
         )

@@ -12,7 +12,7 @@ from .backends.reference import REFERENCE
 from .log_prob import check_log_prob, log_prob
 from .noise import TorchStream, seeds_of
 from .reference import row_of_request, written_to
-from .request import NUMBER_OF_TYPE, NoiseArguments, OutputArguments, StepRequest, checked, model_output, noise_of, pair_of
+from .request import NoiseArguments, OutputArguments, StepRequest, checked, model_output, noise_of, pair_of
 
 
 def fast_step(
@@ -78,22 +78,25 @@ def fast_step(
             raise ValueError("out, backend and torch_layout cannot be traced: leave them out in compiled code")
         given = NoiseArguments(noise, generator, seed, global_shape, global_start)
         output = model_output(OutputArguments(prediction_type, guidance))
-        request = StepRequest(plan, i, x, history[: plan.order], noise_of(given), plan.draws, output)
+        request = StepRequest(
+            plan.predicting(prediction_type), i, x, history[: plan.order], noise_of(given), plan.draws, output
+        )
         return _and_log_prob(ops.run(request), request, return_log_prob)
 
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
     whole = global_shape is None and global_start is None and torch_layout is None
-    if extension._C is not None and backend is None and whole and not return_log_prob:
+    kernel = extension._C
+    if kernel is not None and backend is None and whole and not return_log_prob:
         result, table = None, getattr(plan, "table", None)
         if prediction_type is None and guidance is None:
             if table is not None:
-                result = extension._C.step(
+                result = kernel.step(
                     table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, out=out
                 )
-        elif table is not None and (output := _output_if_plain(prediction_type, guidance)) is not None:
-            kind, unconditional, scale = output
-            result = extension._C.step(
-                table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, prediction_type=kind,
+        elif table is not None and (output := _output_if_plain(plan, prediction_type, guidance)) is not None:
+            table, unconditional, scale = output
+            result = kernel.step(
+                table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, predicts=True,
                 unconditional=unconditional, scale=scale, out=out,
             )  # fmt: skip
         if result is not None:
@@ -121,13 +124,17 @@ def step_of(request: StepRequest, backend: str | None = None):
     return choose(request, backend).run(request)
 
 
-def _output_if_plain(prediction_type, guidance) -> tuple | None:
-    """The number of the prediction type, the unconditional output and the scale; without complaint None where something is wrong.
-    A tuple, since to make a ModelOutput would be a tenth of a small step."""
+def _output_if_plain(plan, prediction_type, guidance) -> tuple | None:
+    """The table with the factors of the type, the unconditional output and the scale; without complaint None where something is
+    wrong. A tuple, since to make a ModelOutput would be a tenth of a small step."""
     try:
-        return NUMBER_OF_TYPE[prediction_type], *((None, None) if guidance is None else pair_of(guidance))
+        table = plan.tables.get(prediction_type)
+        if table is None:
+            table = None if prediction_type is None else plan.predicting(prediction_type).table
+        unconditional, scale = (None, None) if guidance is None else pair_of(guidance)
     except (KeyError, TypeError, ValueError):
         return None
+    return None if table is None else (table, unconditional, scale)
 
 
 def _and_log_prob(result, request: StepRequest, wanted: bool):

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ersde_fast import table as columns
 from ersde_fast.noise import Portable, TorchStream
-from ersde_fast.plan import COLUMNS_BEHIND, PlanStack
 from ersde_fast.request import StepRequest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,7 +24,8 @@ BLOCK = 512
 # limit there on an H200, and what a program does once is a quarter of what a block costs. Elsewhere memory is the limit.
 TURNS, LARGE = 4, 2**24
 NO_NOISE, PORTABLE, TORCH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-BEHIND = tl.constexpr(COLUMNS_BEHIND)
+COUNTER, P_X, P_M = tl.constexpr(columns.COUNTER), tl.constexpr(columns.P_X), tl.constexpr(columns.P_M)
+W_NOISE, W_X, W_D = tl.constexpr(columns.W_NOISE), tl.constexpr(columns.W_X), tl.constexpr(columns.W_D)
 # The interpreter rounds tl.fma twice and has no libdevice.
 EXACT = tl.constexpr(INTERPRETED)
 
@@ -243,7 +244,7 @@ def column(row, k, exists):
 def weight(row, k, exists, ORDER: tl.constexpr):
     """w_d[k]; 0 beyond the order."""
     if k < ORDER:
-        return column(row, 1 + k, exists)
+        return column(row, W_D + k, exists)
     return tl.full([], 0.0, tl.float64)
 
 
@@ -251,7 +252,7 @@ def weight(row, k, exists, ORDER: tl.constexpr):
 def er_sde_step(
     x, h0, h1, h2, h3, h4, guide, noise, out, denoised, seeds, table, plan_index, step_index, scales, size, samples,
     num_plans: "i64", num_steps: "i64", scale: "fp64", seed: "u64", torch_offset: "i64", torch_threads: "i64",
-    ORDER: tl.constexpr, GIVEN: tl.constexpr, INDEXED: tl.constexpr, KIND: tl.constexpr, GUIDED: tl.constexpr,
+    ORDER: tl.constexpr, GIVEN: tl.constexpr, INDEXED: tl.constexpr, PREDICTS: tl.constexpr, GUIDED: tl.constexpr,
     HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, HAS_SEEDS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     TURNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -272,17 +273,17 @@ def er_sde_step(
         plan = tl.load(plan_index + b)
         exists = exists & (plan >= 0) & (plan < num_plans)
         at += plan * num_steps
-    row = table + at * (ORDER + 2 + BEHIND)
+    row = table + at * (W_D + ORDER)
     for k in tl.static_range(GIVEN, ORDER):  # predictions that the step uses but was not given
-        exists = exists & (column(row, 1 + k, exists) == 0)
-    w_x, w_noise = column(row, 0, exists), column(row, ORDER + 1, exists)
+        exists = exists & (column(row, W_D + k, exists) == 0)
+    w_x, w_noise = column(row, W_X, exists), column(row, W_NOISE, exists)
     w0, w1, w2 = weight(row, 0, exists, ORDER), weight(row, 1, exists, ORDER), weight(row, 2, exists, ORDER)
     w3, w4 = weight(row, 3, exists, ORDER), weight(row, 4, exists, ORDER)
     p_x = tl.full([], 0.0, tl.float64)
     p_m = p_x
     p_u = p_x
-    if KIND >= 0:
-        p_x, p_m = column(row, ORDER + 2 + 2 * KIND, exists), column(row, ORDER + 3 + 2 * KIND, exists)
+    if PREDICTS:
+        p_x, p_m = column(row, P_X, exists), column(row, P_M, exists)
         if GUIDED == 1:
             p_u = p_m * (1 - scale)
             p_m = p_m * scale
@@ -295,7 +296,7 @@ def er_sde_step(
         if HAS_SEEDS:
             seed = tl.load(seeds + 2 * b).to(tl.uint64, bitcast=True)
             sample = tl.load(seeds + 2 * b + 1)
-        step = tl.load(row + ORDER + 1 + BEHIND, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
+        step = tl.load(row + COUNTER, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
     tensors = x, h0, h1, h2, h3, h4, guide, noise
     EACH: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth  # neighbours that a thread reads at once
     GROUPS: tl.constexpr = EACH // 4 if EACH > 4 else 1
@@ -310,7 +311,7 @@ def er_sde_step(
         turn = tl.program_id(1).to(tl.int64)
         e = turn * 4 * torch_threads + s
         mask = (s < torch_threads) & (e < size)
-        terms = read_terms(tensors, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
+        terms = read_terms(tensors, e, mask, weights, GIVEN, PREDICTS, GUIDED > 0, HAS_NOISE)
         n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK // EACH) * EACH
         counter = (torch_offset // 4 + turn).to(tl.uint64)
         z0, z1, z2, z3 = normals(n, seed, counter, 0, EACH, 1, SOURCE, NVIDIA)
@@ -321,8 +322,8 @@ def er_sde_step(
             next_mask = (s < torch_threads) & (next_e < size)
             next_terms = terms
             if place < 3:
-                next_terms = read_terms(tensors, next_e, next_mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
-            combine_and_store(terms, z, out, denoised, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, True, WIDE)
+                next_terms = read_terms(tensors, next_e, next_mask, weights, GIVEN, PREDICTS, GUIDED > 0, HAS_NOISE)
+            combine_and_store(terms, z, out, denoised, e, mask, weights, GIVEN, PREDICTS, GUIDED > 0, HAS_NOISE, True, WIDE)
             e, mask, terms = next_e, next_mask, next_terms
     else:
         block = (tl.program_id(0) - b * blocks).to(tl.int64) * TURNS
@@ -331,14 +332,14 @@ def er_sde_step(
             inside = first + tl.arange(0, BLOCK)
             mask = inside < size
             e = b.to(tl.int64) * size + inside
-            terms = read_terms(tensors, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE)
+            terms = read_terms(tensors, e, mask, weights, GIVEN, PREDICTS, GUIDED > 0, HAS_NOISE)
             z = tl.zeros([BLOCK], tl.float32)
             if SOURCE == PORTABLE:
                 n = first // 4 + tl.arange(0, BLOCK // 4 // GROUPS) * GROUPS
                 z0, z1, z2, z3 = normals(n, seed, step, sample, GROUPS, 1, SOURCE, NVIDIA)
                 z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
             combine_and_store(
-                terms, z, out, denoised, e, mask, weights, GIVEN, KIND >= 0, GUIDED > 0, HAS_NOISE, SOURCE == PORTABLE, WIDE
+                terms, z, out, denoised, e, mask, weights, GIVEN, PREDICTS, GUIDED > 0, HAS_NOISE, SOURCE == PORTABLE, WIDE
             )
 
 
@@ -358,18 +359,19 @@ def compile_options(block: int) -> dict:
 def step(request: StepRequest):
     """Launches the kernel for a step whose noise is a tensor or is drawn here."""
     x, out, draws = request.x, request.out, request.draws
-    kind, unconditional, scale = (-1, None, None) if request.output is None else request.output
+    predicts = request.output is not None
+    unconditional, scale = request.output if predicts else (None, None)
     noise = request.noise if isinstance(request.noise, Tensor) else None
     seeds = request.noise.seeds if isinstance(request.noise, Portable) else None
     next_sample = torch.empty_like(x) if out is None else out
-    denoised = torch.empty_like(x) if kind >= 0 else None
+    denoised = torch.empty_like(x) if predicts else None
     if x.numel() == 0:
-        return next_sample if kind < 0 else (next_sample, denoised)
+        return (next_sample, denoised) if predicts else next_sample
     contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
     result = next_sample if next_sample.is_contiguous() else contiguous(next_sample)
     predicted = denoised if denoised is None or denoised.is_contiguous() else contiguous(denoised)
     table, plan_index, step_index = rows(request.plan.to(x.device).table, request.i, x.device)
-    order = table.shape[-1] - 2 - COLUMNS_BEHIND
+    order = request.plan.order
     history = [d.contiguous() for d in request.history[:order]]
     own_scale = isinstance(scale, Tensor)
     read = [x, *history, *(t for t in (noise, unconditional) if t is not None)]
@@ -396,13 +398,15 @@ def step(request: StepRequest):
         table if step_index is None else step_index, scale if own_scale else table, size, samples,
         table.shape[0] if table.dim() == 3 else 1, table.shape[-2], 1.0 if own_scale or scale is None else float(scale),
         seed % 2**64, offset, threads,
-        ORDER=order, GIVEN=len(history), INDEXED=0 if step_index is None else 1 if plan_index is None else 2, KIND=kind,
+        ORDER=order, GIVEN=len(history), INDEXED=0 if step_index is None else 1 if plan_index is None else 2, PREDICTS=predicts,
         GUIDED=0 if unconditional is None else 2 if own_scale else 1, HAS_NOISE=noise is not None, SOURCE=source,
         HAS_SEEDS=own_seeds, WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=block, TURNS=turns,
         NVIDIA=not INTERPRETED and torch.version.cuda is not None, **compile_options(block),
     )  # fmt: skip
     next_sample = next_sample if result is next_sample else next_sample.copy_(result)
-    return next_sample if kind < 0 else (next_sample, denoised if predicted is denoised else denoised.copy_(predicted))
+    if not predicts:
+        return next_sample
+    return next_sample, denoised if predicted is denoised else denoised.copy_(predicted)
 
 
 def rows(table: Tensor, i, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -443,15 +447,15 @@ def draws_as_torch(x: Tensor) -> bool:
 def _compare_with_torch(device: torch.device, dtype: torch.dtype) -> bool:
     generator = torch.Generator(device).manual_seed(0x5EED_0123_4567)
     torch.randn(3, device=device, generator=generator)
-    table = torch.zeros(1, 2 + COLUMNS_BEHIND, dtype=torch.float64, device=device)
-    table[0, 1] = 1  # a plan of order 0: w_x, w_noise
+    table = torch.zeros(1, columns.W_D, dtype=torch.float64, device=device)  # a plan of order 0
+    table[0, columns.W_NOISE] = 1
     for size in (4099, 300_007):
         drawn = torch.empty(size, dtype=dtype, device=device)
         before = generator.get_offset()
         expected = torch.randn(size, dtype=dtype, device=device, generator=generator)
         after = generator.get_offset()
         generator.set_offset(before)
-        step(StepRequest(PlanStack(table, True), 0, drawn, [], TorchStream(generator), True, out=drawn))
+        step(StepRequest(columns.Table(table, True), 0, drawn, [], TorchStream(generator), True, out=drawn))
         if generator.get_offset() != after or not torch.equal(drawn, expected):
             return False
     return True

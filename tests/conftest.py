@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ersde_fast.noise import Portable
-from ersde_fast.plan import COLUMNS_BEHIND, PlanStack
 from ersde_fast.request import StepRequest
+from ersde_fast.table import COUNTER, W_D, W_NOISE, Table
 
 HALF_ULP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
@@ -35,9 +35,9 @@ def backend(request):
 
 def noise_alone(x, seeds, counter=0, shard=((), ()), out=None):
     """The one step of a plan of order 0, which is the portable noise of that counter: w_x = 0, w_noise = 1."""
-    table = torch.zeros(1, 2 + COLUMNS_BEHIND, dtype=torch.float64)
-    table[0, 1], table[0, -1] = 1, counter % 2**32
-    return StepRequest(PlanStack(table, True), 0, x, [], Portable(seeds, *shard), draws=True, out=out)
+    table = torch.zeros(1, W_D, dtype=torch.float64)
+    table[0, W_NOISE], table[0, COUNTER] = 1, counter % 2**32
+    return StepRequest(Table(table, True), 0, x, [], Portable(seeds, *shard), draws=True, out=out)
 
 
 def assert_step_exact(result, plan, i, x, history, noise=None):

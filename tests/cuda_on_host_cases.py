@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_noise import EDGE_WORDS, MANY_SEEDS, many_normals
 
-import ersde_fast
 from conftest import noise_alone
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, torch_noise
 from ersde_fast.backends import extension
@@ -122,7 +121,7 @@ def test_a_step_that_only_the_kernel_knows_and_that_does_not_exist_makes_nan(mod
     ring = torch.zeros(3, 1, size)
     index = torch.tensor(step)
     result = module.step(
-        plan_of(3).table, index, x, [output], seed=3, draws=True, prediction_type=2, ring=ring, trusted=True
+        plan_of(3).predicting("v").table, index, x, [output], seed=3, draws=True, predicts=True, ring=ring, trusted=True
     )  # fmt: skip
     assert result.isnan().all() and ring[step % 3].isnan().all()
 
@@ -132,11 +131,8 @@ def test_plans(eta):
     plan = er_sde_plan(
         [1, 0.9, 0.7, 0.7, 0.5, 0.2, 0], process="flow", order=[1, 2, 3, 3, 4, 5], method="newton", node_scale=5.0, eta=eta
     )
-    with mock.patch.object(ersde_fast.plan, "_C", cuda_on_host):
-        by_kernel = ersde_fast.plan._build_by_kernel(
-            plan.sigmas, None, plan.orders, "flow", plan.noise_scaler, "newton", 5.0, None, 1.0, eta, None, 0
-        )
-    torch.testing.assert_close(by_kernel.table, plan.table, rtol=1e-13, atol=1e-13)
+    table, _ = by_cuda(extension.CPU.plan, plan.sigmas, None, plan)
+    torch.testing.assert_close(table, plan.table, rtol=1e-13, atol=1e-13)
 
 
 @settings(max_examples=EXAMPLES // 3, deadline=None)
@@ -153,7 +149,7 @@ def test_a_ring_of_predictions(data, order):
         for module in (cuda_on_host, extension._C):
             slots = ring.clone()
             following = module.step(
-                plan.table, step, result, [outputs[i]], seed=7, draws=True, prediction_type=2, ring=slots, trusted=True
+                plan.predicting("v").table, step, result, [outputs[i]], seed=7, draws=True, predicts=True, ring=slots, trusted=True
             )  # fmt: skip
             assert torch.equal(following, expected) and torch.equal(slots[i % order], denoised)
         ring, result = slots, following

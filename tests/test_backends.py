@@ -8,9 +8,9 @@ import torch
 import ersde_fast
 from ersde_fast import backends
 from ersde_fast.backends import extension, triton
-from ersde_fast.plan import PlanStack
 from ersde_fast.reference import step_of
 from ersde_fast.request import StepRequest
+from ersde_fast.table import Table
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def gpu_without_kernels(monkeypatch, tmp_path):
 
 
 X = torch.empty(2, 3, device="meta")  # on a device that is not the CPU
-STEP = StepRequest(PlanStack(torch.empty(1, 9), False), 0, X, [])
+STEP = StepRequest(Table(torch.empty(1, 9), False), 0, X, [])
 
 
 def test_triton_without_a_c_compiler_does_not_run(gpu_without_kernels):

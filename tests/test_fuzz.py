@@ -22,7 +22,8 @@ from ersde_fast import (
     stack_plans,
     step_log_prob,
 )  # fmt: skip
-from ersde_fast.plan import PREDICTION_TYPES, Plan
+from ersde_fast.plan import Plan
+from ersde_fast.predictions import PREDICTION_TYPES
 
 LONG = int(os.environ.get("ERSDE_FAST_FUZZ", 0))
 FUZZ = settings(
@@ -171,7 +172,7 @@ def step_arguments(draw):
     elif source == "generator":
         a["generator"] = torch.Generator().manual_seed(draw(st.integers(0, 2**40)))
     if draw(st.integers(1, 3)) == 1:
-        a["prediction_type"] = draw(st.sampled_from(PREDICTION_TYPES))
+        a["prediction_type"] = draw(st.sampled_from(list(PREDICTION_TYPES)))
         if draw(st.booleans()):
             a["guidance"] = (
                 draw(tensors(shape, dtypes())),
@@ -286,7 +287,7 @@ def test_steps(case):
         if guidance is not None and isinstance(guidance[1], torch.Tensor):  # a scale for each sample, which another test holds
             return
         result, denoised = result
-        p_x, p_m = row.predictions[PREDICTION_TYPES.index(a["prediction_type"])]
+        p_x, p_m = plan.predicting(a["prediction_type"]).rows[i].prediction
         terms = [(p_x, x), (p_m, history[0])]
         if guidance is not None:
             terms[1:] = [(p_m * guidance[1], history[0]), (p_m * (1 - guidance[1]), guidance[0])]

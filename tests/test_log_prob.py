@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob
-from ersde_fast.plan import PREDICTION_TYPES
+from ersde_fast.predictions import PREDICTION_TYPES
 
 PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=3, s_noise=0.9)
 FLOW = er_sde_plan([1, 0.9, 0.8, 0.6, 0.4, 0.2, 0], process="flow", order=2)
@@ -65,7 +65,7 @@ def test_from_a_models_output(name):
     x_next, denoised, log_prob = fast_step(
         PLAN, 4, x, [output, a, b], seed=5, prediction_type=name, guidance=guidance, return_log_prob=True
     )
-    p_x, p_m = PLAN.rows[4].predictions[PREDICTION_TYPES.index(name)]
+    p_x, p_m = PLAN.predicting(name).rows[4].prediction
     exact = p_x * x.double() + p_m * (unconditional.double() + 3 * (output.double() - unconditional.double()))
     torch.testing.assert_close(denoised.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(log_prob, expected_log_prob(PLAN, 4, x, [exact, a, b], x_next), rtol=1e-12, atol=1e-12)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ersde_fast import er_sde_plan, fast_step, ops, reference_step, stack_plans, step_log_prob
-from ersde_fast.plan import PREDICTION_TYPES
+from ersde_fast.predictions import PREDICTION_TYPES
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIGMAS = [9, 8, 6.5, 5, 4, 3, 0]
@@ -169,7 +169,7 @@ def test_transforms_of_transforms():
     step = lambda x: form("v", True)(x, noise, unconditional, *history)[0]  # noqa: E731
     slope = torch.func.grad(lambda x: step(x).sum())(x)
     w = PLAN.rows[4]
-    expected = w.w_x + w.w_d[0] * w.predictions[PREDICTION_TYPES.index("v")][0]
+    expected = w.w_x + w.w_d[0] * PLAN.predicting("v").rows[4].prediction[0]
     torch.testing.assert_close(slope, torch.full_like(x, expected))
     _, tangent = torch.func.jvp(step, (x,), (torch.ones_like(x),))
     torch.testing.assert_close(tangent, torch.full_like(x, expected))
@@ -206,11 +206,12 @@ def test_opcheck(dtype, order, requires_grad):
     seeds, scale = torch.tensor([[5, 0], [6, 1]]), torch.tensor(2.5, dtype=torch.float64)
     torch.library.opcheck(ops.STEP, (table, None, step, x, history, noise, None, [], []))
     torch.library.opcheck(ops.STEP, (table, None, step, x, history, None, seeds, [], []))
+    of_v, of_epsilon = (PLANS[order].predicting(name).table for name in ("v", "epsilon"))
     torch.library.opcheck(
-        ops.STEP_FROM_OUTPUT, (table, None, step, x, history, None, seeds, [4, 5], [1, 1], 2, unconditional, scale)
+        ops.STEP_FROM_OUTPUT, (of_v, None, step, x, history, None, seeds, [4, 5], [1, 1], unconditional, scale)
     )
     index = (torch.tensor([0, 0]), torch.tensor([4, 2]))
-    torch.library.opcheck(ops.STEP_FROM_OUTPUT, (table[None], *index, x, history, None, seeds, [], [], 1, None, None))
+    torch.library.opcheck(ops.STEP_FROM_OUTPUT, (of_epsilon[None], *index, x, history, None, seeds, [], [], None, None))
 
 
 def loop(step, dtype, steps=50, order=3):

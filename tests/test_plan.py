@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 
 import ersde_fast
 from ersde_fast import er_sde_plan, reverse_time_sde, stack_plans
-from ersde_fast.plan import COLUMNS_BEHIND, PREDICTION_TYPES
+from ersde_fast.backends import extension
+from ersde_fast.predictions import PREDICTION_TYPES
+from ersde_fast.table import COUNTER, W_D, W_NOISE, W_X
 
 
 @pytest.fixture(params=["kernel", "torch"], autouse=True)
 def builder(request, monkeypatch):
     """Every test holds for both: the code that the kernel shares, and the one for any noise scaler."""
     if request.param == "torch":
-        monkeypatch.setattr(ersde_fast.plan, "_C", None)
+        monkeypatch.setattr(extension, "_C", None)
+        monkeypatch.setattr(extension, "WHY_NOT", "no compiler was found")
 
 
 # phi as the paper's appendix A.8 prints it, for any arithmetic.
@@ -495,18 +498,20 @@ def test_the_factors_of_each_prediction_type_undo_its_definition(sigmas, process
     """x = alpha x0 + sigma eps, and the model says eps, v = alpha eps - sigma x0, eps - x0, or x0."""
     plan = er_sde_plan(sigmas, process=process)
     denoised, noise = 0.3, -1.7
-    for i, row in enumerate(plan.rows):
+    for i in range(plan.num_steps):
         alpha, sigma = plan.alphas[i].item(), plan.sigmas[i].item()
         outputs = {"sample": denoised, "epsilon": noise, "v": alpha * noise - sigma * denoised, "flow": noise - denoised}
-        for name, (p_x, p_m) in zip(PREDICTION_TYPES, row.predictions, strict=True):
+        for name in PREDICTION_TYPES:
+            p_x, p_m = plan.predicting(name).rows[i].prediction
             assert p_x * (alpha * denoised + sigma * noise) + p_m * outputs[name] == pytest.approx(denoised, rel=1e-13)
 
 
-def test_the_last_column_counts_steps():
+def test_a_column_counts_steps():
     plan = er_sde_plan([5, 4, 3, 2, 1])
-    assert plan.table[:, -1].tolist() == [0, 1, 2, 3] == [row.counter for row in plan.rows]
-    assert plan.starting_at(1).starting_at(1).table[:, -1].tolist() == [2, 3]
-    assert plan.table.shape == (4, 3 + 2 + COLUMNS_BEHIND) and torch.equal(plan.weights, plan.table[:, :5])
+    assert plan.table[:, COUNTER].tolist() == [0, 1, 2, 3] == [row.counter for row in plan.rows]
+    assert plan.starting_at(1).starting_at(1).table[:, COUNTER].tolist() == [2, 3]
+    assert plan.table.shape == (4, W_D + 3) and plan.weights.shape == (4, 5)
+    assert torch.equal(plan.weights, plan.table[:, [W_X, W_D, W_D + 1, W_D + 2, W_NOISE]])
 
 
 # ---- plans in stacks ----
@@ -521,10 +526,9 @@ def test_a_stack_holds_each_plans_rows_and_nan_behind_them():
         and stack.draws
     )
     for rows, plan in zip(stack.table, plans, strict=True):
-        n, used = plan.num_steps, plan.order + 1
-        assert torch.equal(rows[:n, :used], plan.table[:, :used]) and (rows[:n, used:4] == 0).all()
-        assert torch.equal(rows[:n, 4:], plan.table[:, used:])
-        assert rows[n:, :-1].isnan().all() and (rows[n:, -1] == 0).all()
+        n, used = plan.num_steps, W_D + plan.order
+        assert torch.equal(rows[:n, :used], plan.table) and (rows[:n, used:] == 0).all()
+        assert rows[n:, COUNTER + 1 :].isnan().all() and (rows[n:, COUNTER] == 0).all()
     assert not stack_plans([er_sde_plan([2, 1], noise_scaler="ode")]).draws
 
 

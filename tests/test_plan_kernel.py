@@ -1,14 +1,19 @@
 """Plans by csrc/er_sde_plan.h: the table of the general code in plan.py, on the CPU and, marked gpu, where the sigmas lie."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import ersde_fast
 from ersde_fast import er_sde_plan
+from ersde_fast.backends import extension
 from ersde_fast.noise_scaler import NOISE_SCALERS, get_noise_scaler
 from ersde_fast.plan import _build_by_kernel, _build_by_torch
+from ersde_fast.predictions import PREDICTION_TYPES
+from ersde_fast.table import COUNTER, W_NOISE
+from ersde_fast.weights import PlanOptions
 
 SCHEDULES = {
     "long": ("ve", torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 200, dtype=torch.float64) ** 7),
@@ -23,25 +28,41 @@ RULES += [("newton", n, dict(node_scale=scale)) for n in (2, 3, 4, 5) for scale 
 CHOSEN = [("newton", 3, dict(node_scale=None, guidance=guidance)) for guidance in (0.0, 1.0, 2.0, 7.5)]
 
 
+def options_of(orders, process, scaler, method="taylor", node_scale=math.inf, integration_points=None, s_noise=1.0, eta=1.0):
+    return PlanOptions(
+        process=process,
+        orders=orders,
+        noise_scaler=get_noise_scaler(scaler),
+        method=method,
+        node_scale=node_scale,
+        integration_points=integration_points,
+        s_noise=s_noise,
+        eta=eta,
+        guidance=None,
+    )
+
+
 def both(
     sigmas, process, order, scaler="sde_5", method="taylor", node_scale=math.inf, integration_points=None, alphas=None, eta=1.0,
     guidance=None,
 ):  # fmt: skip
     """The plan by the kernel, where sigmas lie, and by the general code on the host."""
     orders = order if isinstance(order, tuple) else (order,) * (len(sigmas) - 1)
-    options = (orders, process, get_noise_scaler(scaler), method, node_scale, integration_points, 0.7, eta, guidance, 3)
-    host = _build_by_torch(sigmas.cpu().double(), None if alphas is None else alphas.cpu().double(), *options)
-    return _build_by_kernel(sigmas, alphas, *options), host
+    options = options_of(orders, process, scaler, method, node_scale, integration_points, s_noise=0.7, eta=eta)
+    options = replace(options, guidance=guidance, first_step=3)
+    host = _build_by_torch(sigmas.cpu().double(), None if alphas is None else alphas.cpu().double(), options)
+    return _build_by_kernel(sigmas, alphas, options), host
 
 
 def assert_same_plan(plan, host):
     for name in ("sigmas", "alphas", "er_lambdas"):
         torch.testing.assert_close(getattr(plan, name).cpu(), getattr(host, name), rtol=1e-15, atol=0)
-    error = (plan.table.cpu() - host.table).abs()
+    error = (plan.weights.cpu() - host.weights).abs()
     size = host.weights.abs().amax(1, keepdim=True)
-    assert (error[:, : host.order + 2] <= 1e-13 * size).all()
-    behind, expected = plan.table.cpu()[:, host.order + 2 :], host.table[:, host.order + 2 :]
-    torch.testing.assert_close(behind, expected, rtol=1e-14, atol=0)
+    assert (error <= 1e-13 * size).all()
+    for name in PREDICTION_TYPES:
+        fixed, expected = (of.predicting(name).table.cpu()[:, :W_NOISE] for of in (plan, host))
+        torch.testing.assert_close(fixed, expected, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("scaler", [*NOISE_SCALERS, "reverse_time_sde(0.25)"])
@@ -64,20 +85,25 @@ def test_the_kernel_takes_alphas_and_an_order_for_each_step():
 @pytest.mark.parametrize("scaler, eta", [("sde_5", 0.0), ("sde_5", 0.3), ("ode", 1.0), ("reverse_time_sde(0.5)", 2.0)])
 @pytest.mark.parametrize("s_noise", [0.0, 1.0])
 def test_whether_a_plan_on_a_device_draws_is_known_without_looking(monkeypatch, scaler, eta, s_noise):
-    options = ((1, 1), "ve", get_noise_scaler(scaler), "taylor", math.inf, None, s_noise, eta, None, 0)
-    host = _build_by_torch(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), None, *options)
+    options = options_of((1, 1), "ve", scaler, s_noise=s_noise, eta=eta)
+    host = _build_by_torch(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), None, options)
     monkeypatch.setattr(ersde_fast.plan, "CPU", torch.device("meta"))  # any other than that of sigmas
-    assert _build_by_kernel(host.sigmas, None, *options).draws == host.draws
+    assert _build_by_kernel(host.sigmas, None, options).draws == host.draws
 
 
-@pytest.mark.parametrize("wrong", [dict(process=4), dict(scaler=4), dict(scaler=-1), dict(method=2)])
-def test_a_number_that_names_nothing_is_refused(wrong):
-    numbers = dict(process=1, scaler=3, method=1) | wrong
-    (name,) = wrong
-    with pytest.raises(ValueError, match=f"{name} must be 0 to"):
-        ersde_fast.plan._C.plan(
-            torch.ones(3), None, numbers["process"], 1, None, numbers["scaler"], 1.0, numbers["method"], 5.0, 0, 1.0, None, 0
-        )
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("process", dict(process="edm")),
+        (r"noise_scaler\.form", dict(noise_scaler=replace(NOISE_SCALERS["sde_5"], form="sde_6"))),
+        ("method", dict(method="euler")),
+        ("order", dict(orders=(6, 6))),
+    ],
+)
+def test_a_name_that_the_kernel_does_not_know_is_refused(name, wrong):
+    options = replace(options_of((1, 1), "ve", "sde_5"), **wrong)
+    with pytest.raises(ValueError, match=f"{name} must be "):
+        extension.CPU.plan(torch.ones(3), None, options)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +123,9 @@ def test_a_number_that_names_nothing_is_refused(wrong):
 )  # fmt: skip
 def test_what_the_host_refuses_is_nan_and_check_says_why(sigmas, process, scaler, rows, message):
     sigmas, n = torch.tensor(sigmas, dtype=torch.float64), len(sigmas) - 1
-    plan = _build_by_kernel(
-        sigmas, None, (1,) * n, process, get_noise_scaler(scaler), "taylor", math.inf, None, 1.0, 1.0, None, 0
-    )  # fmt: skip
+    plan = _build_by_kernel(sigmas, None, options_of((1,) * n, process, scaler))
     assert plan.weights.isnan().all(1).nonzero().flatten().tolist() == rows
-    assert not plan.table[:, -1].isnan().any()
+    assert not plan.table[:, COUNTER].isnan().any()
     with pytest.raises(ValueError, match=message):
         plan.check()
 

@@ -12,7 +12,7 @@ from conftest import assert_step_exact, assert_sum_exact
 from ersde_fast import er_sde_plan, fast_step, portable_noise, reference_step, stack_plans
 from ersde_fast.backends import extension
 from ersde_fast.noise import seed_table, specified_noise
-from ersde_fast.plan import PREDICTION_TYPES
+from ersde_fast.predictions import PREDICTION_TYPES
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PLANS = {n: er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=n, method="newton") for n in (1, 2, 3, 4, 5)}
@@ -316,10 +316,10 @@ PROCESSES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("kind", range(len(PREDICTION_TYPES)), ids=PREDICTION_TYPES)
-def test_a_models_output_becomes_the_prediction_and_then_the_step(backend, kind, process, dtype):
+@pytest.mark.parametrize("name", PREDICTION_TYPES)
+def test_a_models_output_becomes_the_prediction_and_then_the_step(backend, name, process, dtype):
     """In one pass, and as if one after the other: the prediction within its bound, the step that of the rounded prediction."""
-    plan, name = PROCESSES[process], PREDICTION_TYPES[kind]
+    plan = PROCESSES[process]
     x, (output, *older), unconditional = inputs((2, 3, 7) if process == "ve" else (2, 4, 8), 4, dtype)
     for i, scale in itertools.product((0, 3, 4, 5), SCALES):
         if name == "epsilon" and plan.alphas[i] == 0:
@@ -329,7 +329,7 @@ def test_a_models_output_becomes_the_prediction_and_then_the_step(backend, kind,
         result, denoised = fast_step(
             plan, i, x, [output, *older], seed=5, prediction_type=name, guidance=guidance, backend=backend
         )
-        p_x, p_m = plan.rows[i].predictions[kind]
+        p_x, p_m = plan.predicting(name).rows[i].prediction
         for b in range(2):
             g = 1.0 if scale is None else scale if isinstance(scale, float) else scale[b].item()
             terms = [(p_x, x[b]), (p_m * g, output[b]), (p_m * (1 - g), unconditional[b])]
@@ -346,7 +346,7 @@ def test_a_models_output_of_any_layout_and_dtype(backend, layout, other):
     result, denoised = fast_step(
         PROCESSES["vp"], 3, x, history, seed=5, prediction_type="v", guidance=(unconditional, 2.0), backend=backend
     )
-    p_x, p_m = PROCESSES["vp"].rows[3].predictions[PREDICTION_TYPES.index("v")]
+    p_x, p_m = PROCESSES["vp"].predicting("v").rows[3].prediction
     assert_sum_exact(denoised, [(p_x, x), (p_m * 2, history[0]), (-p_m, unconditional)], x, ulps=5)
     expected = fast_step(PROCESSES["vp"], 3, x, [denoised, *history[1:]], seed=5, backend=backend)
     torch.testing.assert_close(result, expected, rtol=0, atol=0 if other == torch.float32 else 1e-6)

@@ -37,7 +37,9 @@ def test_compiles(target, source, dtype, kind):
     tensors = ["x", "h0", "h1", "h2", "h3", "h4", "guide", "noise", "out", "denoised"]
     types |= dict.fromkeys(tensors, f"*{dtype}") | {"seeds": "*i64", "table": "*fp64", "scales": "*fp64", "size": "i64"}
     types |= {"samples": "i32", "plan_index": "*i64", "step_index": "*i64"}
-    constants = dict(ORDER=3, GIVEN=3, INDEXED=0 if kind < 0 else 2, KIND=kind, GUIDED=0 if kind < 0 else 2, HAS_NOISE=False)
+    constants = dict(
+        ORDER=3, GIVEN=3, INDEXED=0 if kind < 0 else 2, PREDICTS=kind >= 0, GUIDED=0 if kind < 0 else 2, HAS_NOISE=False
+    )
     block, turns = kernel.blocks_of(source.value, {"fp32": 4, "bf16": 2}[dtype], 1, kernel.LARGE)
     constants |= dict(
         SOURCE=source.value, HAS_SEEDS=kind >= 0, WIDE=False, BLOCK=block, TURNS=turns, NVIDIA=target.backend == "cuda"

@@ -12,7 +12,7 @@ from conftest import assert_step_exact, assert_sum_exact, noise_alone
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans
 from ersde_fast.kernels import er_sde_step as kernel
 from ersde_fast.noise import Portable, box_muller, seed_table
-from ersde_fast.plan import PREDICTION_TYPES, PlanStack
+from ersde_fast.predictions import PREDICTION_TYPES
 from ersde_fast.request import StepRequest
 
 DTYPES = [torch.float32, torch.float64, torch.float16]  # the interpreter truncates to bfloat16 instead of rounding
@@ -50,17 +50,17 @@ def test_a_step(dtype, other, order, shape, source):
     st.sampled_from(DTYPES),
     st.integers(1, 5),
     st.sampled_from([(2,), (2, 5), (2, 1025), (2, 3, 7, 5), (2, 0)]),
-    st.sampled_from(range(len(PREDICTION_TYPES))),
+    st.sampled_from(list(PREDICTION_TYPES)),
     st.sampled_from([None, 1.0, 3.5, torch.tensor([0.0, 7.5], dtype=torch.float64)]),
 )
-def test_from_a_models_output(dtype, other, order, shape, kind, scale):
+def test_from_a_models_output(dtype, other, order, shape, name, scale):
     plan = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=order, method="newton")
     g = torch.Generator().manual_seed(0)
     x, unconditional, *history = (torch.randn(shape, generator=g).to(other) for _ in range(order + 2))
     x = x.to(dtype)
-    kwargs = dict(prediction_type=PREDICTION_TYPES[kind], guidance=None if scale is None else (unconditional, scale))
+    kwargs = dict(prediction_type=name, guidance=None if scale is None else (unconditional, scale))
     result, denoised = fast_step(plan, 4, x, history, seed=5, backend="triton", **kwargs)
-    p_x, p_m = plan.rows[4].predictions[kind]
+    p_x, p_m = plan.predicting(name).rows[4].prediction
     for b in range(2):
         s = 1.0 if scale is None else scale if isinstance(scale, float) else scale[b].item()
         assert_sum_exact(denoised[b], [(p_x, x[b]), (p_m * s, history[0][b]), (p_m * (1 - s), unconditional[b])], x[b], ulps=5)
@@ -94,11 +94,11 @@ def test_samples_at_their_own_steps_of_their_own_plans(data, predicts):
 
 
 def test_a_step_that_does_not_exist_or_was_not_given_its_history_makes_nan():
-    table = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=3).table
+    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=3)
     x, *history = torch.randn(4, 2, 9)
     for step, held in [(5, 3), (-1, 3), (4, 2)]:
         noise = Portable(seed_table(5, 2))
-        result = kernel.step(StepRequest(PlanStack(table, True), torch.tensor(step), x, history[:held], noise, True))
+        result = kernel.step(StepRequest(plan, torch.tensor(step), x, history[:held], noise, True))
         assert result.isnan().all()
 
 

@@ -9,6 +9,7 @@ from ..noise import TorchStream
 
 if TYPE_CHECKING:
     from ..request import StepRequest
+    from ..weights import PlanOptions
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the dtypes of a step
 MAX_DIMS = 12  # that tensors must have fewer of in a kernel
@@ -56,6 +57,15 @@ class Backend:
     def noise(self, shape: tuple[int, ...], seeds: Tensor, step: int, device: torch.device) -> Tensor | None:
         """The portable stream as float32 of that shape, seeds int64 [batch, 2]; None where it does not draw on that device."""
         return None
+
+    def builds_plans(self, device: torch.device) -> bool:
+        """Whether it builds the plans of named noise scalers on that device."""
+        return False
+
+    def plan(self, sigmas: Tensor, alphas: Tensor | None, options: "PlanOptions") -> tuple[Tensor, Tensor]:
+        """A plan's table, in which a step that cannot be is a row of NaN, and its levels [3, num_steps + 1]: sigmas, alphas,
+        er_lambdas. Where sigmas lie, without waiting for the device."""
+        raise NotImplementedError
 
 
 def refuses_tensors(request: "StepRequest", fits_device: bool) -> str | None:

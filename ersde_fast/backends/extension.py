@@ -45,6 +45,15 @@ class Extension(Backend):
         _C.portable_noise(noise, seeds, step)
         return noise
 
+    def builds_plans(self, device: torch.device) -> bool:
+        return self.unavailable() is None and device.type == self.name
+
+    def plan(self, sigmas, alphas, options) -> tuple[Tensor, Tensor]:
+        orders = None
+        if len(set(options.orders)) > 1:
+            orders = torch.tensor(options.orders, dtype=torch.int32, device="cpu").to(sigmas.device, non_blocking=True)
+        return _C.plan(sigmas, alphas, options, orders)
+
 
 class CUDAExtension(Extension):
     draws_torch_layout = True
@@ -76,8 +85,7 @@ def call(request, noise):
         source = {"generator": noise.generator, "torch_layout": list(noise.layout or ())}
     output = {}
     if request.output is not None:
-        kind, unconditional, scale = request.output
-        output = {"prediction_type": kind, "unconditional": unconditional, "scale": scale}
+        output = {"predicts": True, "unconditional": request.output.unconditional, "scale": request.output.scale}
     return _C.step(
         table_for(request.plan, request.i, request.x), request.i, request.x, request.history, draws=request.draws,
         out=request.out, ring=request.ring, trusted=True, **source, **output,

@@ -19,7 +19,7 @@ except ImportError as error:
 from ..choice import ORDER
 from ..plan import Plan, er_sde_plan
 from ..reference import linear_combination, prediction
-from ..request import NUMBER_OF_TYPE, ModelOutput, OutputArguments, checked
+from ..request import ModelOutput, OutputArguments, checked
 from ..sample import with_newest
 from ..step import fast_step
 from .diffusers_arguments import Drawn, for_batch, is_whole, numbers, quantile, without_numpy
@@ -553,7 +553,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             return model_output, made_by
         exact = torch.promote_types(sample.dtype, torch.float32)
         if fused:
-            denoised = prediction(plan.rows[i], sample, model_output, ModelOutput(NUMBER_OF_TYPE[made_by]), exact)
+            denoised = prediction(plan.predicting(made_by).rows[i].prediction, sample, model_output, ModelOutput(), exact)
         else:
             denoised = linear_combination(list(zip(made_by, (sample, model_output), strict=True)), sample, exact)
         if config.thresholding:

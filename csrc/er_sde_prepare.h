@@ -1,0 +1,183 @@
+// What is prepared of a step before a kernel starts: shapes and strides, and for a GPU which kernel runs on what grid with which
+// arguments. No torch header and none of CUDA's, so that any launcher can call it.
+#pragma once
+#include <algorithm>
+#include <array>
+
+#include "er_sde_step.h"
+
+namespace ersde {
+namespace {
+
+#include "er_sde_math.h"
+#include "er_sde_rows.h"
+
+constexpr int kMaxOperands = kMaxTerms + 3;  // out, and of a step that predicts the prediction and the guide
+
+// A tensor's strides, in elements, and what the kernel is told of it.
+struct View {
+  const int64_t* strides;
+  Operand* operand;
+};
+
+// The shape of a whole sample and where x starts in it, without the batch; nullptr where x is whole.
+struct Whole {
+  const int64_t *shape, *start;
+};
+
+inline bool is_contiguous(const int64_t* sizes, const int64_t* strides, int dims) {
+  int64_t expected = 1;
+  for (int d = dims - 1; d >= 0; --d) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+// Sizes, and strides of every operand (out last), adjacent dimensions merged where all allow it. A drawn stream counts
+// positions, so the order of the dimensions is kept; where samples differ the batch stays dimension 0 too. Otherwise dimensions
+// are ordered by the strides of out, so that channels_last is walked as it lies.
+inline void set_shape(StepArgs& a, const View* views, int count, const int64_t* sizes, int dims, const Whole& whole) {
+  const bool portable = a.drawn.source == Noise::portable;
+  const int64_t* out_strides = views[count - 1].strides;
+  std::array<int, kMaxDims> order{};
+  int kept = 0;
+  for (int d = 0; d < dims; ++d) {
+    if (sizes[d] != 1 || (a.batched && d == 0)) order[kept++] = d;
+  }
+  if (a.drawn.source == Noise::none && !is_contiguous(sizes, out_strides, dims)) {
+    const auto longer = [&](int i, int j) { return out_strides[i] > out_strides[j]; };
+    const auto first = order.begin() + (a.batched && kept > 0);
+    for (auto it = first; it < order.begin() + kept; ++it) std::rotate(std::upper_bound(first, it, *it, longer), it, it + 1);
+  }
+  std::array<int64_t, kMaxDims> position{};
+  a.first_position = 0;
+  if (portable) {
+    int64_t stride = 1;
+    for (int d = dims - 1; d >= 1; --d) {
+      position[d] = stride;
+      a.first_position += stride * (whole.start ? whole.start[d - 1] : 0);
+      stride *= whole.shape ? whole.shape[d - 1] : sizes[d];
+    }
+  }
+  const auto stride_of = [](const View& v, int d) { return v.strides[d] * size_of(v.operand->dtype); };
+  a.ndim = 0;
+  for (int n = 0; n < kept; ++n) {
+    const int d = order[n], last = a.ndim - 1;
+    bool merges = a.ndim > (a.batched ? 1 : 0) && a.position_strides[last] == sizes[d] * position[d];
+    for (int k = 0; k < count; ++k) merges = merges && views[k].operand->strides[last] == sizes[d] * stride_of(views[k], d);
+    const int at = merges ? last : a.ndim++;
+    a.sizes[at] = merges ? a.sizes[at] * sizes[d] : sizes[d];
+    a.position_strides[at] = position[d];
+    for (int k = 0; k < count; ++k) views[k].operand->strides[at] = stride_of(views[k], d);
+  }
+  // Scalars get a dimension; a batch a second one, along which neighbours in the row are neighbours in the sample.
+  while (a.ndim < (a.batched ? 2 : 1) || (portable && a.position_strides[a.ndim - 1] != 1)) {
+    a.sizes[a.ndim] = 1;
+    a.position_strides[a.ndim] = portable;
+    for (int k = 0; k < count; ++k) views[k].operand->strides[a.ndim] = size_of(views[k].operand->dtype);
+    ++a.ndim;
+  }
+}
+
+// ---- which kernel of er_sde_step.cu runs, and how ----
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerMultiprocessor = 1024;  // on an H100 64 lose 2 %, 16 another 2, and no bound gains less than 1 %
+
+// What step_vectors needs of StepArgs.
+struct VectorArgs {
+  const void* terms[kMaxTerms];
+  const void* guide;
+  void *denoised, *out;
+  int64_t size;                      // of one sample; of the whole tensor where samples do not differ
+  Coefficients<float> coefficients;  // of every sample, where the host knows them
+  Rows rows;
+  Drawn drawn;
+};
+
+// A kernel by the arguments of its template, its grid in blocks of kThreads, and its one argument.
+struct StepLaunch {
+  bool vectors;     // step_vectors<T, K, Source, Predicts>, or with torch's stream step_vectors_torch<T, K, Predicts>, of `vector`;
+  DType dtype;      // T
+  int terms;        // K
+  Noise source;
+  bool predicts;
+  bool float64;     // else step_elements<A, I> of `elements`: A is double or float,
+  bool large;       // I 64 or 32 bits wide
+  unsigned grid[2];
+  VectorArgs vector;
+  const StepArgs* elements;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether step_vectors can run this: one 2- or 4-byte type, contiguous and aligned; where samples differ, whole samples, and
+// not torch's stream, which runs across them.
+inline bool fits_vectors(const StepArgs& a) {
+  const DType t = a.out.dtype;
+  const int64_t item = size_of(t), vector = 16 / item, last = a.ndim - 1;
+  if (t == DType::float64 || a.float64 || a.num_terms == 0 || a.rows.ring_stride % 16 != 0) return false;
+  if (a.batched) {
+    const bool one = a.sizes[0] == 1;
+    if (!one && a.drawn.source == Noise::torch) return false;
+    if (a.ndim != 2 || a.first_position != 0 || (!one && (a.sizes[1] % vector != 0 || a.sizes[0] > 65535))) return false;
+  } else if (a.ndim != 1) {
+    return false;
+  }
+  const auto fits = [&](const Operand& o) {
+    return !o.data || (o.dtype == t && (uintptr_t)o.data % 16 == 0 && (o.strides[last] == item || a.sizes[last] == 1) &&
+                       (a.ndim == 1 || a.sizes[0] == 1 || o.strides[0] == item * a.sizes[1]));
+  };
+  for (int k = 0; k < a.num_terms; ++k) {
+    if (!fits(a.terms[k])) return false;
+  }
+  return fits(a.out) && fits(a.denoised) && fits(a.guide);
+}
+
+inline VectorArgs vector_args_of(const StepArgs& a) {
+  VectorArgs v{};
+  for (int k = 0; k < a.num_terms; ++k) v.terms[k] = a.terms[k].data;
+  v.guide = a.guide.data;
+  v.denoised = a.denoised.data;
+  v.out = a.out.data;
+  v.size = a.batched ? a.sizes[1] : a.numel;
+  v.rows = a.rows;
+  v.drawn = a.drawn;
+  if (known_to_host(a.rows)) v.coefficients = coefficients_of<float, kMaxTerms>(a.rows, 0);
+  return v;
+}
+
+// The launch of a step on a device with that many multiprocessors; the arguments stay the caller's.
+inline StepLaunch launch_of(const StepArgs& a, int multiprocessors) {
+  StepLaunch l{};
+  const int64_t most = (int64_t)multiprocessors * kBlocksPerMultiprocessor;
+  l.vectors = fits_vectors(a);
+  if (!l.vectors) {
+    l.float64 = a.float64;
+    l.large = a.numel >= (int64_t{1} << 32);
+    l.grid[0] = (unsigned)std::min(ceil_div(a.numel, kThreads), most);
+    l.grid[1] = 1;
+    l.elements = &a;
+    return l;
+  }
+  l.dtype = a.out.dtype;
+  l.terms = a.num_terms;
+  l.source = a.drawn.source;
+  l.predicts = a.rows.predicts;
+  l.vector = vector_args_of(a);
+  const int64_t each = 16 / size_of(l.dtype);
+  if (l.source == Noise::torch) {
+    const int64_t across = ceil_div(a.drawn.torch_threads / each, kThreads), blocks = ceil_div(l.vector.size, 4 * a.drawn.torch_threads);
+    l.grid[0] = (unsigned)across;
+    l.grid[1] = (unsigned)std::min(blocks, ceil_div(most, across));
+  } else {
+    const int64_t samples = a.batched ? a.sizes[0] : 1;
+    l.grid[0] = (unsigned)std::min(ceil_div(ceil_div(l.vector.size, each), kThreads), ceil_div(most, samples));
+    l.grid[1] = (unsigned)samples;
+  }
+  return l;
+}
+
+}  // namespace
+}  // namespace ersde

@@ -1,0 +1,124 @@
+"""The table of a plan: what a row of it holds and where, and a row as Python numbers. csrc/er_sde_step.h has the same columns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .predictions import PREDICTION_TYPES
+
+# What every row holds, and then w_d[0] ... w_d[order - 1].
+COUNTER, P_X, P_M, W_NOISE, W_X, W_D = range(6)
+
+
+class Row(NamedTuple):
+    """One step as Python numbers.
+
+    Attributes:
+        w_x, w_noise: the weights of x and of the noise.
+        w_d: those of the predictions, newest first; of `Plan.rows` they end at the oldest that the step reads.
+        prediction: the factors of x and of a model's output in the prediction, of the type that the table holds.
+        counter: of its portable noise.
+    """
+
+    w_x: float
+    w_d: tuple[float, ...]
+    w_noise: float
+    prediction: tuple[float, float]
+    counter: int
+
+    @classmethod
+    def of(cls, columns: Sequence) -> "Row":
+        """From the columns of a table, numbers or tensors; `w_d` has the length of the order."""
+        counter = columns[COUNTER]
+        return cls(
+            columns[W_X],
+            tuple(columns[W_D:]),
+            columns[W_NOISE],
+            (columns[P_X], columns[P_M]),
+            counter.long() if isinstance(counter, Tensor) else int(counter),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """What plans and stacks of plans share: rows that say all that a step needs, on one device.
+
+    Attributes:
+        table: float64 [..., num_steps, W_D + order].
+        draws: whether any step adds noise; of a plan on a device, whether one can.
+        prediction_type: of the factors in `table`.
+    """
+
+    table: Tensor
+    draws: bool
+    prediction_type: str = field(default="sample", kw_only=True)
+
+    @property
+    def num_steps(self) -> int:
+        return self.table.shape[-2]
+
+    @property
+    def order(self) -> int:
+        """The largest order of any step."""
+        return self.table.shape[-1] - W_D
+
+    @property
+    def weights(self) -> Tensor:
+        """float64 [..., num_steps, order + 2], columns w_x | w_d[0] ... w_d[order - 1] | w_noise."""
+        return torch.cat([self.table[..., W_X:], self.table[..., W_NOISE : W_NOISE + 1]], dim=-1)
+
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """The alpha and sigma that each step starts from, [..., num_steps]."""
+        raise NotImplementedError
+
+    def predicting(self, prediction_type: str | None):
+        """The same with the factors of a prediction type in its table; made once for each. None is any, and the same.
+
+        Raises:
+            KeyError: there is no such type.
+        """
+        if prediction_type is None or prediction_type == self.prediction_type:
+            return self
+        if torch.compiler.is_dynamo_compiling():
+            return Table(self._with_factors(prediction_type), self.draws, prediction_type=prediction_type)
+        made = self._predicting.get(prediction_type)
+        if made is None:
+            # No tracer or transform may come between the plan and its factors, which later steps have too.
+            with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+                made = replace(self, table=self._with_factors(prediction_type), prediction_type=prediction_type)
+            if not (self.table.is_cuda and torch.cuda.is_current_stream_capturing()):  # memory of the graph's own
+                self._predicting[prediction_type], self.tables[prediction_type] = made, made.table
+        return made
+
+    def _with_factors(self, prediction_type: str) -> Tensor:
+        factors = torch.stack(PREDICTION_TYPES[prediction_type](*self.levels()), dim=-1)
+        return torch.cat([self.table[..., :P_X], factors, self.table[..., W_NOISE:]], dim=-1)
+
+    def to(self, device: torch.device | str):
+        """The same with its tensors on a device, for steps whose index lies there; made once for each device."""
+        device = torch.empty(0, device=device).device  # with its index
+        if device == self.table.device:
+            return self
+        if device not in self._copies:
+            with torch.inference_mode(False):
+                moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+            self._copies[device] = replace(self, **moved)
+        return self._copies[device]
+
+    @cached_property
+    def tables(self) -> dict[str, Tensor]:
+        """The tables of the types that are in use."""
+        return {self.prediction_type: self.table}
+
+    @cached_property
+    def _copies(self) -> dict:
+        return {}
+
+    @cached_property
+    def _predicting(self) -> dict:
+        return {}

@@ -1,0 +1,93 @@
+"""A prediction type of a user's own: steps, graphs, gradients, stacks and compiled code know it by its name."""
+
+import math
+
+import pytest
+import torch
+
+from ersde_fast import er_sde_plan, fast_step, reference_step, stack_plans, step_log_prob
+from ersde_fast.graph import SamplingGraph, StepGraph
+from ersde_fast.predictions import PREDICTION_TYPES
+
+PLAN = er_sde_plan([0.9, 0.7, 0.5, 0.3, 0.1, 0], process="flow", method="newton")
+X, OUTPUT, *OLDER = torch.randn(4, 2, 3, 8, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+@pytest.fixture(autouse=True)
+def score():
+    """The score: x = alpha denoised + sigma epsilon, score = -epsilon / sigma."""
+    PREDICTION_TYPES["score"] = lambda alpha, sigma: (1 / alpha, sigma**2 / alpha)
+    yield "score"
+    del PREDICTION_TYPES["score"]
+
+
+def as_epsilon(i):
+    return -PLAN.sigmas[i].item() * OUTPUT
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+@pytest.mark.parametrize("i", range(5))
+def test_steps(score, i, backend):
+    result, denoised = fast_step(PLAN, i, X, [OUTPUT, *OLDER], seed=5, prediction_type=score, backend=backend)
+    expected = reference_step(PLAN, i, X, [as_epsilon(i), *OLDER], seed=5, prediction_type="epsilon")
+    torch.testing.assert_close((result, denoised), expected)
+
+
+def test_stacks_indices_and_densities(score):
+    index = torch.tensor([0, 0]), torch.tensor([2, 3])
+    mixed, _ = fast_step(stack_plans([PLAN]), index, X, [OUTPUT, *OLDER], seed=5, prediction_type=score)
+    for b, i in enumerate((2, 3)):
+        single, _ = fast_step(PLAN, torch.tensor(i), X, [OUTPUT, *OLDER], seed=5, prediction_type=score)
+        assert torch.equal(mixed[b], single[b])
+    ours = step_log_prob(PLAN, 2, X, [OUTPUT, *OLDER], X, prediction_type=score)
+    theirs = step_log_prob(PLAN, 2, X, [as_epsilon(2), *OLDER], X, prediction_type="epsilon")
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def test_gradients_and_compiled_code(score):
+    def step(output):
+        return fast_step(PLAN, 2, X, [output, *OLDER], seed=5, prediction_type=score)[0]
+
+    (gradient,) = torch.autograd.grad(step(OUTPUT.requires_grad_()).sum(), OUTPUT)
+    row = PLAN.predicting(score).rows[2]
+    torch.testing.assert_close(gradient, torch.full_like(X, row.w_d[0] * row.prediction[1]))
+    output = OUTPUT.detach()
+    fresh = er_sde_plan(PLAN.sigmas, process="flow", method="newton")
+    compiled = torch.compile(
+        lambda output: fast_step(fresh, 2, X, [output, *OLDER], seed=5, prediction_type=score)[0],
+        backend="eager",
+        fullgraph=True,
+    )
+    assert torch.equal(compiled(output), step(output))
+
+
+@pytest.mark.parametrize("graph", [SamplingGraph, StepGraph])
+def test_graphs(score, graph):
+    def model(x, sigma):
+        return -0.1 * x
+
+    made = graph(model, PLAN, X.shape, device="cpu", prediction_type=score)
+    if graph is SamplingGraph:
+        result = made(X, seed=5)
+    else:
+        made.start(X, seed=5)
+        for _ in range(PLAN.num_steps):
+            result = made()
+    x, history = X, []
+    for i in range(PLAN.num_steps):
+        x, denoised = fast_step(PLAN, i, x, [model(x, None), *history], seed=5, prediction_type=score)
+        history = [denoised, *history[:1]]
+    assert torch.equal(result, x)
+
+
+def test_what_says_nothing_of_the_sample_is_refused(score):
+    plan = er_sde_plan([1, 0.5, 0], process="flow")
+    with pytest.raises(ValueError, match='prediction_type "score" says nothing of the clean sample where alpha is 0'):
+        fast_step(plan, 0, X, [OUTPUT], seed=5, prediction_type=score)
+
+
+def test_a_toy_scaler_is_a_function():
+    plan = er_sde_plan([3, 2, 1], noise_scaler=lambda l: l**1.5)
+    named = er_sde_plan([3, 2, 1], noise_scaler="sde_2")
+    torch.testing.assert_close(plan.weights, named.weights, rtol=1e-12, atol=1e-12)
+    assert math.isclose(plan.rows[0].w_noise, named.rows[0].w_noise, rel_tol=1e-12)
