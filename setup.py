@@ -1,6 +1,6 @@
 """Builds the extension against the torch that is installed; without a compiler installs the pure-PyTorch path.
 
-Why a part is missing, and for which torch the rest is, is written to ersde_fast/_build_info.py, which extension.py there reads.
+Why a part is missing, and for which torch the rest is, is written to ersde_fast/_build_info.py, which backends/extension.py reads.
 ERSDE_FAST_PURE=1 builds no extension; ERSDE_FAST_REQUIRE=1 turns a missing CPU kernel into an error, for continuous
 integration; ERSDE_FAST_SANITIZE=address,undefined (or thread) builds it with those sanitizers, see `make sanitize`.
 """

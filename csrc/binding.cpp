@@ -29,6 +29,7 @@
 
 #include "er_sde_plan.h"
 #include "er_sde_prepare.h"
+#include "step_call.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -106,11 +107,11 @@ using Pairs = c10::SmallVector<Pair, ersde::kMaxOperands>;
 
 // set_shape of er_sde_prepare.h for tensors; out is the last.
 void set_shape(StepArgs& a, const Pairs& pairs, at::IntArrayRef global_shape, at::IntArrayRef global_start) {
-  ersde::View views[ersde::kMaxOperands];
-  for (size_t k = 0; k < pairs.size(); ++k) views[k] = {pairs[k].tensor->strides().data(), pairs[k].operand};
+  c10::SmallVector<ersde::View, ersde::kMaxOperands> views;
+  for (const auto& p : pairs) views.push_back({p.tensor->strides().data(), p.operand});
   const at::IntArrayRef sizes = pairs.back().tensor->sizes();
   const ersde::Whole whole{global_shape.empty() ? nullptr : global_shape.data(), global_start.empty() ? nullptr : global_start.data()};
-  ersde::set_shape(a, views, (int)pairs.size(), sizes.data(), (int)sizes.size(), whole);
+  ersde::set_shape(a, views.data(), (int)views.size(), sizes.data(), (int)sizes.size(), whole);
 }
 
 // The device is the current one; the pairs are what the arguments point into.
@@ -258,41 +259,6 @@ bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at
 
 // A list of numbers, empty for None.
 std::vector<int64_t> numbers(py::handle h) { return h.is_none() ? std::vector<int64_t>() : h.cast<std::vector<int64_t>>(); }
-
-// What `step` is called with: four arguments by position, the others by keyword. See fast_step in step.py and StepRequest in
-// request.py for them.
-struct StepCall {
-  py::handle table;  // of the plan, [num_steps, columns], or of several, [num_plans, ...], float64
-  py::handle i, x, history;
-  py::handle noise = Py_None, generator = Py_None, seed = Py_None;  // seed: an int, or an int64 tensor [batch, 2] of (seed, sample)
-  py::handle draws = Py_False;                                     // whether any row adds noise
-  py::handle predicts = Py_False;                                  // whether history[0] is a model's output
-  py::handle unconditional = Py_None, scale = Py_None;             // scale: a number, or a float64 tensor [batch]
-  py::handle out = Py_None, ring = Py_None;
-  py::handle global_shape = Py_None, global_start = Py_None, torch_layout = Py_None;
-  py::handle trusted = Py_False;  // whether the arguments have been checked, by a caller that is autograd's own where it matters
-};
-
-struct StepKeyword {
-  const char* name;
-  py::handle StepCall::*argument;
-  PyObject* interned;
-};
-StepKeyword kStepKeywords[] = {
-    {"noise", &StepCall::noise, nullptr},
-    {"generator", &StepCall::generator, nullptr},
-    {"seed", &StepCall::seed, nullptr},
-    {"draws", &StepCall::draws, nullptr},
-    {"predicts", &StepCall::predicts, nullptr},
-    {"unconditional", &StepCall::unconditional, nullptr},
-    {"scale", &StepCall::scale, nullptr},
-    {"out", &StepCall::out, nullptr},
-    {"ring", &StepCall::ring, nullptr},
-    {"global_shape", &StepCall::global_shape, nullptr},
-    {"global_start", &StepCall::global_start, nullptr},
-    {"torch_layout", &StepCall::torch_layout, nullptr},
-    {"trusted", &StepCall::trusted, nullptr},
-};
 
 py::object step(const StepCall& call) {
   StepArgs a{};
@@ -460,25 +426,7 @@ py::object step(const StepCall& call) {
 // step, as Python calls it: without pybind11's conversions, which take longer than the rest of a small step's checks.
 PyObject* step_of_python(PyObject*, PyObject* const* given, Py_ssize_t by_position, PyObject* keywords) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(by_position == 4, "step takes 4 arguments by position, got ", by_position);
-  StepCall call{given[0], given[1], given[2], given[3]};
-  constexpr size_t known = std::size(kStepKeywords);
-  size_t next = 0;  // callers keep to the order above, so that the first name compared is the one
-  for (Py_ssize_t k = 0; k < (keywords ? PyTuple_GET_SIZE(keywords) : 0); ++k) {
-    PyObject* name = PyTuple_GET_ITEM(keywords, k);
-    size_t tried = 0;
-    const auto is_named = [&](const StepKeyword& keyword) {
-      return keyword.interned == name || PyUnicode_CompareWithASCIIString(name, keyword.name) == 0;
-    };
-    while (tried < known && !is_named(kStepKeywords[next])) {
-      next = (next + 1) % known;
-      ++tried;
-    }
-    TORCH_CHECK_TYPE(tried < known, "step has no argument ", py::str(name).cast<std::string>());
-    call.*kStepKeywords[next].argument = given[by_position + k];
-    next = (next + 1) % known;
-  }
-  return step(call).release().ptr();
+  return step(call_of(given, by_position, keywords)).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 PyMethodDef kStepMethods[] = {{"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step_of_python)),
@@ -559,12 +507,6 @@ std::vector<std::string> names_of(const std::pair<const char*, Enum> (&known)[n]
   for (const auto& [name, value] : known) names.push_back(name);
   return names;
 }
-constexpr std::pair<const char*, ersde::Process> kProcesses[] = {
-    {"ve", ersde::Process::ve}, {"vp", ersde::Process::vp}, {"flow", ersde::Process::flow}};
-constexpr std::pair<const char*, ersde::Scaler> kScalers[] = {
-    {"sde", ersde::Scaler::sde}, {"sde_1", ersde::Scaler::sde_1}, {"sde_4", ersde::Scaler::sde_4}, {"sde_5", ersde::Scaler::sde_5}};
-constexpr std::pair<const char*, ersde::Method> kMethods[] = {{"taylor", ersde::Method::taylor}, {"newton", ersde::Method::newton}};
-
 // The table of a plan [num_steps, kWD + order] and its levels [3, num_steps + 1], sigmas, alphas, er_lambdas, on the device of
 // sigmas, without waiting for it. options: PlanOptions of weights.py; orders: theirs as int32 [num_steps] there, or None where
 // they are alike.
@@ -582,15 +524,15 @@ py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas
   a.num_steps = s.size(0) - 1;
   a.sigmas = s.const_data_ptr();
   a.alphas = alphas ? given.const_data_ptr() : nullptr;
-  a.process = alphas ? ersde::Process::given : named("process", text("process"), kProcesses);
+  a.process = alphas ? ersde::Process::given : named("process", text("process"), ersde::kProcesses);
   a.order = 0;
   for (const py::handle order : option("orders")) a.order = std::max(a.order, order.cast<int>());
   TORCH_CHECK_VALUE(a.order >= 1 && a.order <= ersde::kMaxPredictions, "order must be 1 to ", ersde::kMaxPredictions, ", got ", a.order);
   a.orders = orders ? orders->const_data_ptr<int32_t>() : nullptr;
   const py::object scaler = option("noise_scaler");
-  a.scaler = named("noise_scaler.form", scaler.attr("form").cast<std::string>(), kScalers);
+  a.scaler = named("noise_scaler.form", scaler.attr("form").cast<std::string>(), ersde::kScalers);
   a.strength = scaler.attr("strength").cast<double>() * number("eta", 1);
-  a.method = named("method", text("method"), kMethods);
+  a.method = named("method", text("method"), ersde::kMethods);
   a.node_scale = number("node_scale", NAN);
   a.integration_points = (int)number("integration_points", 0);
   a.s_noise = number("s_noise", 1);
@@ -630,7 +572,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
-  for (StepKeyword& keyword : kStepKeywords) keyword.interned = PyUnicode_InternFromString(keyword.name);
+  intern_keywords();
   if (PyModule_AddFunctions(m.ptr(), kStepMethods) != 0) throw py::error_already_set();
   m.def("plan", &plan);
   // What Python states too; a test holds both to each other.
@@ -639,9 +581,9 @@ PYBIND11_MODULE(_C, m) {
   facts["max_order"] = ersde::kMaxPredictions;
   facts["columns"] = py::dict("COUNTER"_a = (int)ersde::kCounter, "P_X"_a = (int)ersde::kPX, "P_M"_a = (int)ersde::kPM,
                               "W_NOISE"_a = (int)ersde::kWNoise, "W_X"_a = (int)ersde::kWX, "W_D"_a = (int)ersde::kWD);
-  facts["processes"] = names_of(kProcesses);
-  facts["forms"] = names_of(kScalers);
-  facts["methods"] = names_of(kMethods);
+  facts["processes"] = names_of(ersde::kProcesses);
+  facts["forms"] = names_of(ersde::kScalers);
+  facts["methods"] = names_of(ersde::kMethods);
   m.attr("facts") = facts;
   m.def("portable_noise", &portable_noise);
   m.def("torch_noise", &torch_noise);

@@ -6,6 +6,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "er_sde_step.h"
 
@@ -20,6 +21,12 @@ namespace ersde {
 enum class Process : int32_t { given, ve, vp, flow };               // where alphas come from
 enum class Scaler : int32_t { sde, sde_1, sde_4, sde_5 };            // the functional forms of noise_scaler.py
 enum class Method : int32_t { taylor, newton };
+
+// Their names in Python.
+constexpr std::pair<const char*, Process> kProcesses[] = {{"ve", Process::ve}, {"vp", Process::vp}, {"flow", Process::flow}};
+constexpr std::pair<const char*, Scaler> kScalers[] = {
+    {"sde", Scaler::sde}, {"sde_1", Scaler::sde_1}, {"sde_4", Scaler::sde_4}, {"sde_5", Scaler::sde_5}};
+constexpr std::pair<const char*, Method> kMethods[] = {{"taylor", Method::taylor}, {"newton", Method::newton}};
 
 struct PlanArgs {
   int64_t num_steps;

@@ -1,14 +1,40 @@
-"""The compiled kernels: the extension's, on CPUs and on CUDA devices."""
+"""The compiled kernels: the extension `_C`, on CPUs and on CUDA devices; or None, and why there is none."""
 
+import importlib
 import warnings
+from types import ModuleType
 
-import torch
+import torch  # whose libraries the extension links with
 from torch import Tensor
 
-from ..extension import _C, REASONS, WHY_NOT
 from ..noise import Portable, TorchStream
 from ..reference import table_for
 from .base import FLOATS, Backend, refuses_tensors
+
+try:
+    from .._build_info import REASONS, TORCH
+except ImportError:
+    REASONS, TORCH = {}, None
+
+REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps . in the folder of ersde-fast"
+
+
+def load() -> tuple[ModuleType | None, str | None]:
+    """The extension and None, or None and the reason, which names the remedy."""
+    if "cpu" in REASONS:
+        return None, REASONS["cpu"]
+    built, here = (str(version).split(".")[:2] for version in (TORCH, torch.__version__))
+    if TORCH is not None and built != here:  # what a C++ class looks like may differ between them
+        return None, f"ersde-fast was built against torch {TORCH}, and this is torch {torch.__version__}: {REINSTALL}"
+    try:
+        return importlib.import_module("ersde_fast._C"), None
+    except ModuleNotFoundError:
+        return None, f"the extension was not built, or for another Python: {REINSTALL}"
+    except ImportError as error:
+        return None, f"the extension does not load beside torch {torch.__version__} ({error}): {REINSTALL}"
+
+
+_C, WHY_NOT = load()
 
 
 class Extension(Backend):
