@@ -38,6 +38,7 @@ demo: env
 lint: env
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 test: env $(if $(PYTHON),,lint)
 	$(PY) -m pytest

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, extension
-from .noise import TORCH_PIECE, check_torch_layout, seed_table
+from .noise import TORCH_PIECE, Seed, check_torch_layout, seed_table
 
 
 def portable_noise(
     shape: Sequence[int],
-    seed: int | Sequence[int] | Sequence[tuple[int, int]],
+    seed: Seed,
     step: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,

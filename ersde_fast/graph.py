@@ -4,14 +4,14 @@ A graph replays what was captured with the same pointers. So whatever may differ
 kernels read: the plan's table, the sigmas, the seeds, the index of the step. On a CPU the same loop runs without a graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .noise import Portable, TorchStream, has_values, seed_table
+from .noise import Portable, Seed, TorchStream, has_values, seed_table
 from .plan import Plan
 from .predictions import PREDICTION_TYPES
 from .request import OutputArguments, StepRequest, model_output
@@ -26,12 +26,12 @@ class _Captured:
         self,
         model: Callable,
         plan: Plan,
-        shape,
-        dtype=torch.float32,
-        device="cuda",
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cuda",
         *,
-        prediction_type="sample",
-        guidance_scale=None,
+        prediction_type: str = "sample",
+        guidance_scale: float | None = None,
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
@@ -85,7 +85,7 @@ class _Captured:
 
         return replay
 
-    def load(self, x: Tensor, seed, plan: Plan | None) -> None:
+    def load(self, x: Tensor, seed: Seed | None, plan: Plan | None) -> None:
         """Puts the start, the seeds and the plan where the graph reads them."""
         if not isinstance(x, Tensor) or x.shape != self.x.shape or x.dtype != self.x.dtype:
             what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -127,7 +127,8 @@ class SamplingGraph(_Captured):
     """
 
     def run(self) -> Tensor:
-        x, history, seeds = self.x, [], self.seeds_to_draw
+        x, seeds = self.x, self.seeds_to_draw
+        history: list[Tensor] = []
         for i in range(self.plan.num_steps):
             output, guidance = self.output_of(x, self.levels[i])
             history = with_newest(output, history, self.plan)
@@ -139,7 +140,7 @@ class SamplingGraph(_Captured):
                 )
         return x
 
-    def __call__(self, x: Tensor, seed=None, plan: Plan | None = None) -> Tensor:
+    def __call__(self, x: Tensor, seed: Seed | None = None, plan: Plan | None = None) -> Tensor:
         """Samples from the noise x, scaled to the plan's first sigma.
 
         Args:
@@ -172,11 +173,12 @@ class StepGraph(_Captured):
         output, guidance = self.output_of(self.x, self.levels.index_select(0, self.step.view(1))[0])
         noise = Portable(self.seeds) if self.plan.draws else TorchStream()
         output_of = model_output(OutputArguments(self.prediction_type, guidance))
-        step_in_ring(StepRequest(self.plan, self.step, self.x, [output], noise, self.plan.draws, output_of, ring=self.ring))
+        request = StepRequest(self.plan, self.step, self.x, [output], noise, self.plan.draws, output_of, ring=self.ring)
+        step_in_ring(request, self.step)
         self.step.add_(1).clamp_(max=self.plan.num_steps)
         return self.x
 
-    def start(self, x: Tensor, seed=None, plan: Plan | None = None) -> None:
+    def start(self, x: Tensor, seed: Seed | None = None, plan: Plan | None = None) -> None:
         """Begins a run from the noise x; `seed` and `plan` as for a call of `SamplingGraph`."""
         self.load(x, seed, plan)
         self.step.zero_()
@@ -190,13 +192,13 @@ class StepGraph(_Captured):
         return self.replay()
 
 
-def step_in_ring(request: StepRequest) -> None:
-    """One step in place, its index and the earlier predictions in memory: the backends without a ring are given its slots in order."""
+def step_in_ring(request: StepRequest, step: Tensor) -> None:
+    """One step in place, its index `step` and the earlier predictions in memory: backends without a ring get its slots in order."""
     for backend in BACKENDS:
         if backend.keeps_ring and backend.why_not(request) is None:
             backend.run(request._replace(out=request.x))
             return
-    step, ring, order = request.i, request.ring, len(request.ring)
+    ring, order = request.ring, len(request.ring)
     older = ring.index_select(0, (step - torch.arange(1, order, device=ring.device)) % order).unbind()
     x_next, denoised = step_of(request._replace(history=[*request.history, *older], ring=None))
     ring.index_copy_(0, (step % order).view(1), denoised[None])

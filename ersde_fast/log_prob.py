@@ -1,16 +1,27 @@
 """The log-density of a step: how likely the Gaussian that a step draws from makes a next sample."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .noise import has_values
+from .plan import Plan, PlanStack
 from .reference import linear_combination, prediction, row_of_request
-from .request import OutputArguments, StepRequest, check_like, checked, known_row, model_output
+from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_like, checked, known_row, model_output
 
 
-def step_log_prob(plan, i, x: Tensor, history, x_next: Tensor, *, prediction_type: str | None = None, guidance=None) -> Tensor:
+def step_log_prob(
+    plan: Plan | PlanStack,
+    i: StepIndex,
+    x: Tensor,
+    history: Sequence[Tensor],
+    x_next: Tensor,
+    *,
+    prediction_type: str | None = None,
+    guidance: Guidance | None = None,
+) -> Tensor:
     """log N(x_next; w_x x + sum_j w_d[j] history[j], w_noise^2) of each sample, all its elements and constants counted.
 
     What policy-gradient training of diffusion models needs: differentiable with respect to the predictions (or the model's

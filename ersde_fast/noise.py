@@ -20,15 +20,19 @@ MAX_SAMPLE = 2**48
 TORCH_PIECE = 2**31  # bytes that torch.randn draws in one piece
 
 
+Seed = int | Sequence[int] | Sequence[tuple[int, int]] | Tensor
+
+
 class Portable(NamedTuple):
     """The portable stream as the noise of a step.
 
     Attributes:
-        seeds: a number, of which sample b draws with (seed, b); or int64 [batch, 2] of (seed, sample).
+        seeds: a number, of which sample b draws with (seed, b); or int64 [batch, 2] of (seed, sample). In traced code as the
+            caller gave them.
         global_shape, global_start: of a sample of which x holds a part, and where that starts; both empty where x holds it all.
     """
 
-    seeds: int | Tensor
+    seeds: Seed
     global_shape: Sequence[int] = ()
     global_start: Sequence[int] = ()
 

@@ -45,6 +45,9 @@ class NoiseScaler:
         return strength * self.full_growth(l, y)
 
 
+AnyNoiseScaler = str | NoiseScaler | Callable[[Tensor], Tensor]  # a name, a scaler, or phi itself
+
+
 def reverse_time_sde(eta: float) -> NoiseScaler:
     """phi(l) = l^(eta + 1): 0 is the probability-flow ODE, 1 the usual reverse-time SDE.
 
@@ -57,7 +60,7 @@ def reverse_time_sde(eta: float) -> NoiseScaler:
 
 def nonnegative(name: str, value) -> float:
     """The value of a strength, checked."""
-    if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+    if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
     return float(value)
 
@@ -102,7 +105,7 @@ NOISE_SCALERS = {
 }
 
 
-def get_noise_scaler(noise_scaler: str | NoiseScaler | Callable[[Tensor], Tensor]) -> NoiseScaler:
+def get_noise_scaler(noise_scaler: AnyNoiseScaler) -> NoiseScaler:
     """The scaler of a name ("sde_5", "reverse_time_sde(0.5)"), of a callable phi, or the scaler itself."""
     if isinstance(noise_scaler, NoiseScaler):
         return noise_scaler

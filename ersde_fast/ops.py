@@ -56,15 +56,17 @@ def _is_differentiated(tensor: Tensor) -> bool:
 
 def run(request: StepRequest):
     """The step as an operator: what is a number to an eager step is a tensor here, so that no trace holds it."""
-    i, x, noise, seeds, shard = request.i, request.x, request.noise, None, ([], [])
+    i, x, noise, seeds = request.i, request.x, request.noise, None
+    shard: tuple[list[int], list[int]] = ([], [])
     plan_index, step_index = i if isinstance(i, tuple) else (None, i)
     if not isinstance(step_index, Tensor):
         step_index = torch.full((), step_index, dtype=torch.int64, device="cpu")
     table = table_for(request.plan, step_index if plan_index is None else i, x)
     if isinstance(noise, Portable):
         seeds, shard, noise = _seeds_to_trace(noise.seeds, x), (list(noise.global_shape), list(noise.global_start)), None
-    if getattr(x, "fake_mode", None) is not None and not x.fake_mode.allow_non_fake_inputs:
-        fake = functools.partial(_fake, x.fake_mode)
+    fake_mode = getattr(x, "fake_mode", None)
+    if fake_mode is not None and not fake_mode.allow_non_fake_inputs:
+        fake = functools.partial(_fake, fake_mode)
         table, plan_index, step_index, seeds = map(fake, (table, plan_index, step_index, seeds))
     if isinstance(noise, TorchStream):
         noise = noise.draw(x) if request.draws else None
@@ -121,7 +123,7 @@ class Call(NamedTuple):
     @classmethod
     def of_flat(cls, values) -> "Call":
         fixed = len(cls._fields) - 1
-        return cls(*values[:fixed], history=values[fixed:])
+        return cls._make([*values[:fixed], values[fixed:]])
 
     def flat(self) -> tuple:
         return *self[:-1], *self.history

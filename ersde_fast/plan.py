@@ -13,18 +13,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS
+from .backends import BACKENDS, Backend
 from .choice import NODE_SCALE, ORDER, UNTOLD
-from .noise_scaler import NoiseScaler, get_noise_scaler, nonnegative
+from .noise_scaler import AnyNoiseScaler, NoiseScaler, get_noise_scaler, nonnegative
 from .table import COUNTER, P_M, W_D, W_NOISE, Row, Table
-from .weights import CPU, EPS, Levels, PlanOptions, fill_weights
+from .weights import CPU, EPS, Levels, Method, PlanOptions, Process, fill_weights
 
-MAX_ORDER = {"taylor": 3, "newton": 5}
+MAX_ORDER: dict[Method, int] = {"taylor": 3, "newton": 5}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -119,9 +120,9 @@ def stack_plans(plans: Sequence[Plan]) -> PlanStack:
     if len(devices) > 1:
         raise ValueError(f"plans must be on one device, got {', '.join(sorted(map(str, devices)))}: use plan.to(device)")
     order, num_steps = max(plan.order for plan in plans), max(plan.num_steps for plan in plans)
-    plans, kind = [plan.predicting("sample") for plan in plans], {"dtype": torch.float64, "device": devices.pop()}
-    table = torch.full((len(plans), num_steps, W_D + order), math.nan, **kind)
-    alphas, sigmas = torch.full((2, len(plans), num_steps), math.nan, **kind)
+    plans, device = [plan.predicting("sample") for plan in plans], devices.pop()
+    table = torch.full((len(plans), num_steps, W_D + order), math.nan, dtype=torch.float64, device=device)
+    alphas, sigmas = torch.full((2, len(plans), num_steps), math.nan, dtype=torch.float64, device=device)
     table[:, :, COUNTER] = 0
     for k, plan in enumerate(plans):
         n, columns = plan.table.shape
@@ -133,10 +134,10 @@ def stack_plans(plans: Sequence[Plan]) -> PlanStack:
 def er_sde_plan(
     sigmas: Tensor | Sequence[float] | np.ndarray,
     alphas: Tensor | Sequence[float] | np.ndarray | None = None,
-    process: str = "ve",
+    process: Process = "ve",
     order: int | Sequence[int] | None = None,
-    noise_scaler: str | NoiseScaler | Callable[[Tensor], Tensor] = "sde_5",
-    method: str | None = None,
+    noise_scaler: AnyNoiseScaler = "sde_5",
+    method: Method | None = None,
     node_scale: float | None = None,
     integration_points: int | None = None,
     s_noise: float = 1.0,
@@ -215,8 +216,9 @@ def er_sde_plan(
             raise ValueError(f"integration_points must be None or a whole number from 1 to 10^6, got {integration_points!r}")
     s_noise, eta = nonnegative("s_noise", s_noise), nonnegative("eta", eta)
     noise_scaler = get_noise_scaler(noise_scaler)
-    on_device = isinstance(sigmas, Tensor) and _builder(sigmas.device, noise_scaler) is not None
-    device = sigmas.device if on_device else CPU
+    device = CPU
+    if isinstance(sigmas, Tensor) and _builder(sigmas.device, noise_scaler) is not None:
+        device = sigmas.device
     sigmas = _schedule("sigmas", sigmas, device, MAX_SIGMA.get(process if alphas is None else None, math.inf))
     if alphas is not None:
         process, alphas = None, _schedule("alphas", alphas, device, math.inf)
@@ -244,11 +246,11 @@ def _flow(sigma: Tensor) -> Tensor:
     return 1 - sigma
 
 
-PROCESSES = {"ve": torch.ones_like, "vp": _vp, "flow": _flow}
-MAX_SIGMA = {"vp": 1.0, "flow": 1.0}
+PROCESSES: dict[Process, Callable[[Tensor], Tensor]] = {"ve": torch.ones_like, "vp": _vp, "flow": _flow}
+MAX_SIGMA: dict[Process, float] = {"vp": 1.0, "flow": 1.0}
 
 
-def on_host(values):
+def on_host(values: Any) -> Any:
     """A schedule on the CPU; what is none stays as it is, for er_sde_plan to refuse."""
     return values.cpu() if isinstance(values, Tensor) and not values.is_meta else values
 
@@ -298,7 +300,7 @@ def _repeated(levels: Tensor) -> Tensor:
     return (levels[1:] - levels[:-1]).abs() <= torch.minimum(rounding[1:], rounding[:-1]) * levels[:-1]
 
 
-def _orders(order, num_steps: int, method: str) -> tuple[int, ...]:
+def _orders(order, num_steps: int, method: Method) -> tuple[int, ...]:
     """The order argument as one number a step."""
     orders = [order] * num_steps if _is_int(order) else order
     if not isinstance(orders, Sequence) or isinstance(orders, str) or not all(_is_int(o) for o in orders):
@@ -321,7 +323,7 @@ def _build(sigmas: Tensor, alphas: Tensor | None, options: PlanOptions) -> Plan:
     return _build_by_torch(sigmas, alphas, options)
 
 
-def _builder(device: torch.device, noise_scaler: NoiseScaler):
+def _builder(device: torch.device, noise_scaler: NoiseScaler) -> Backend | None:
     """The backend that builds plans of that scaler on that device, or None."""
     if noise_scaler.form is None:
         return None

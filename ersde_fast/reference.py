@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .noise import has_values, seeds_of, specified_noise
+from .noise import Portable, has_values, seeds_of, specified_noise
 from .table import Row
 
 if TYPE_CHECKING:
@@ -73,12 +73,10 @@ def row_of(table: Tensor, i, x: Tensor) -> Row:
     if isinstance(i, Tensor) and i.dim() == 0 and has_values(i):
         i = i.item()
     if isinstance(i, int) and has_values(table):
-        columns = table[i].tolist()
-    elif isinstance(i, int):
-        columns = table[i].unbind()
-    else:
-        columns = [per_sample(column, x.dim()) for column in look_up(table, i).unbind(-1)]
-    return Row.of(columns)
+        return Row.of(table[i].tolist())
+    if isinstance(i, int):
+        return Row.of(table[i].unbind())
+    return Row.of([per_sample(column, x.dim()) for column in look_up(table, i).unbind(-1)])
 
 
 def look_up(table: Tensor, i: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -96,9 +94,9 @@ def row_of_request(request: "StepRequest") -> Row:
 
 
 def portable_noise_of(request: "StepRequest") -> Tensor | None:
-    """The portable noise of a step as a float32 tensor, or None where the step adds none."""
+    """The portable noise of a step as a float32 tensor, or None where the step draws none."""
     row, x, stream = row_of_request(request), request.x, request.noise
-    if isinstance(row.w_noise, float) and row.w_noise == 0:
+    if not isinstance(stream, Portable) or (isinstance(row.w_noise, float) and row.w_noise == 0):
         return None
     seeds = stream.seeds if isinstance(stream.seeds, Tensor) else seeds_of(stream.seeds, x)
     return specified_noise(x.shape, seeds.to(x.device), row.counter, stream.global_shape, stream.global_start)

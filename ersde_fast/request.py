@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from .backends.base import FLOATS
-from .noise import MAX_POSITIONS, TORCH_PIECE, Portable, TorchStream, check_torch_layout, has_values, seeds_of
+from .noise import MAX_POSITIONS, TORCH_PIECE, Portable, Seed, TorchStream, check_torch_layout, has_values, seeds_of
 from .plan import Plan, PlanStack
 from .predictions import PREDICTION_TYPES
 from .table import Row, Table
 
-Seed = int | Sequence[int] | Sequence[tuple[int, int]] | Tensor
 StepIndex = int | Tensor | tuple[Tensor, Tensor]
 Guidance = tuple[Tensor, float | Tensor]
 

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from .noise import Seed
+from .noise_scaler import AnyNoiseScaler
 from .plan import Plan, er_sde_plan, on_host
-from .request import Seed, check_one_source
+from .request import check_one_source
 from .step import fast_step
+from .weights import Method, Process
 
 
 @torch.no_grad()
@@ -22,17 +25,17 @@ def sample_er_sde(
     disable: bool | None = None,
     s_noise: float = 1.0,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
-    noise_scaler=None,
+    noise_scaler: AnyNoiseScaler | None = None,
     max_stage: int | None = None,
     *,
-    process: str = "ve",
-    method: str | None = None,
+    process: Process = "ve",
+    method: Method | None = None,
     node_scale: float | None = None,
     integration_points: int | None = None,
     eta: float = 1.0,
     guidance: float | None = None,
     generator: torch.Generator | None = None,
-    seed=None,
+    seed: Seed | None = None,
 ) -> Tensor:
     """Samples with an extended reverse-time SDE solver (arXiv 2309.06169).
 
@@ -124,7 +127,7 @@ def sample_plan(
     extra_args = {} if extra_args is None else extra_args
     levels = levels_of(plan, x)
     batches = (levels[:, None] * levels.new_ones(x.shape[:1])).unbind()
-    history = []
+    history: list[Tensor] = []
     for i in trange(plan.num_steps, disable=disable):
         denoised = model(x, batches[i], **extra_args)
         if callback is not None:

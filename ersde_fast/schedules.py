@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,12 +10,17 @@ from torch import Tensor
 
 from .plan import er_sde_plan, on_host
 from .sample import sample_plan
+from .weights import Process
 
 CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
 
 
 def karras_sigmas(
-    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, round_sigma=None
+    num_steps: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    round_sigma: Callable[[Tensor], Any] | None = None,
 ) -> Tensor:
     """Levels that are even in sigma^(1 / rho) (Karras et al. 2022, equation 5), float64 [num_steps + 1], the last 0.
 
@@ -38,7 +44,9 @@ def exponential_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: floa
     return _and_zero(sigmas.clamp(sigma_min, sigma_max))  # which rounding may leave
 
 
-def uniform_log_snr_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, process: str = "ve") -> Tensor:
+def uniform_log_snr_sigmas(
+    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, process: Process = "ve"
+) -> Tensor:
     """Levels that are even in the logarithm of the signal-to-noise ratio, log(alpha / sigma), float64 [num_steps + 1], the last 0.
 
     Args:
@@ -95,7 +103,7 @@ def place_sigmas(
     num_steps: int,
     extra_args: dict | None = None,
     *,
-    process: str = "ve",
+    process: Process = "ve",
 ) -> Tensor:
     """Levels for runs of few steps, from a pilot run of many on the same model.
 
@@ -132,11 +140,13 @@ def place_sigmas(
     # Of the weights, not of two steps, whose rounding at high noise is larger than their difference.
     differences = plan.weights[:, 1:4].clone()
     differences[:, :2] -= lower.weights[:, 1:3]
-    errors, history = [], []
+    errors: list[float] = []
+    history: list[Tensor] = []
 
     def measure(said: dict) -> None:
         history[:] = [said["denoised"], *history[:2]]
-        error = sum(w * denoised.double() for w, denoised in zip(differences[said["i"]].tolist(), history, strict=False))
+        terms = [w * denoised.double() for w, denoised in zip(differences[said["i"]].tolist(), history, strict=False)]
+        error = sum(terms[1:], terms[0])
         errors.append(error.square().mean().sqrt().item() / plan.alphas[said["i"] + 1].item())
 
     sample_plan(plan, model, x, extra_args, measure, disable=True)

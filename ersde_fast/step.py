@@ -1,6 +1,7 @@
 """`fast_step`: checks nothing that the kernel has checked, and sends each step where it runs fastest; and its specification."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,29 +11,30 @@ from . import ops
 from .backends import choose, extension
 from .backends.reference import REFERENCE
 from .log_prob import check_log_prob, log_prob
-from .noise import TorchStream, seeds_of
+from .noise import Seed, TorchStream, seeds_of
+from .plan import Plan, PlanStack
 from .reference import row_of_request, written_to
-from .request import NoiseArguments, OutputArguments, StepRequest, checked, model_output, noise_of, pair_of
+from .request import Guidance, NoiseArguments, OutputArguments, StepIndex, StepRequest, checked, model_output, noise_of, pair_of
 
 
 def fast_step(
-    plan,
-    i: int | Tensor | tuple[Tensor, Tensor],
+    plan: Plan | PlanStack,
+    i: StepIndex,
     x: Tensor,
-    history: list[Tensor],
+    history: Sequence[Tensor],
     *,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
-    seed=None,
+    seed: Seed | None = None,
     prediction_type: str | None = None,
-    guidance: tuple[Tensor, float | Tensor] | None = None,
+    guidance: Guidance | None = None,
     return_log_prob: bool = False,
     global_shape: Sequence[int] | None = None,
     global_start: Sequence[int] | None = None,
     torch_layout: tuple[int, int] | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
-):
+) -> Any:
     """One step of the plan in one pass over memory: `w_x x + sum_j w_d[j] history[j] + w_noise z`.
 
     Stateless: everything the step depends on is an argument. Differentiable in both directions, and traceable.
@@ -93,8 +95,8 @@ def fast_step(
                 result = kernel.step(
                     table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, out=out
                 )
-        elif table is not None and (output := _output_if_plain(plan, prediction_type, guidance)) is not None:
-            table, unconditional, scale = output
+        elif table is not None and (plain := _output_if_plain(plan, prediction_type, guidance)) is not None:
+            table, unconditional, scale = plain
             result = kernel.step(
                 table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, predicts=True,
                 unconditional=unconditional, scale=scale, out=out,
@@ -146,8 +148,15 @@ def _and_log_prob(result, request: StepRequest, wanted: bool):
 
 
 def reference_step(
-    plan, i, x: Tensor, history, noise: Tensor | None = None, seed=None, prediction_type: str | None = None, guidance=None
-):
+    plan: Plan | PlanStack,
+    i: StepIndex,
+    x: Tensor,
+    history: Sequence[Tensor],
+    noise: Tensor | None = None,
+    seed: Seed | None = None,
+    prediction_type: str | None = None,
+    guidance: Guidance | None = None,
+) -> Any:
     """One step of the plan, `x_next = w_x x + sum_j w_d[j] history[j] + w_noise noise`.
 
     Args:

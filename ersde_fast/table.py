@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ COUNTER, P_X, P_M, W_NOISE, W_X, W_D = range(6)
 
 
 class Row(NamedTuple):
-    """One step as Python numbers.
+    """One step as Python numbers; or, where only a device or a tracer knows them, as tensors.
 
     Attributes:
         w_x, w_noise: the weights of x and of the noise.
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     w_d: tuple[float, ...]
     w_noise: float
     prediction: tuple[float, float]
-    counter: int
+    counter: int | Tensor
 
     @classmethod
     def of(cls, columns: Sequence) -> "Row":
@@ -106,7 +106,8 @@ class Table:
             return self
         if device not in self._copies:
             with torch.inference_mode(False):
-                moved = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+                values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+                moved: dict[str, Any] = {k: value.to(device) for k, value in values.items() if isinstance(value, Tensor)}
             self._copies[device] = replace(self, **moved)
         return self._copies[device]
 

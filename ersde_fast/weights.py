@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from .choice import chosen
 from .noise_scaler import NoiseScaler
 from .table import W_D, W_NOISE, W_X
+
+Process = Literal["ve", "vp", "flow"]
+Method = Literal["newton", "taylor"]
 
 EPS = torch.finfo(torch.float64).eps
 CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
@@ -38,10 +41,10 @@ class PlanOptions:
         first_step: step i draws the portable noise of step `first_step + i`.
     """
 
-    process: str | None
+    process: Process | None
     orders: tuple[int, ...]
     noise_scaler: NoiseScaler
-    method: str
+    method: Method
     node_scale: float | None
     integration_points: int | None
     s_noise: float

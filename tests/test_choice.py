@@ -7,7 +7,7 @@ import torch
 
 from ersde_fast import er_sde_plan, sample_er_sde
 from ersde_fast.choice import UNTOLD, chosen
-from ersde_fast.integrations.edm import karras_sigmas
+from ersde_fast.schedules import karras_sigmas
 
 SCHEDULES = {
     "ve": [80.0, 36.0, 15.0, 5.4, 1.6, 1.01, 0.99, 0.4, 0.03, 0.0],

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -139,7 +140,7 @@ def _is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _processes() -> tuple[int, int, object]:
+def _processes() -> tuple[int, int, dist.ProcessGroup | None]:
     """Rank, number of processes, and a group of the host's for what generate has to say."""
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -153,7 +154,7 @@ def _processes() -> tuple[int, int, object]:
 
 def _from_first(function: Callable, rank: int, group):
     """What a function returns or raises in the first process, in every process."""
-    message = [None, None]
+    message: list[Any] = [None, None]
     if rank == 0:
         try:
             message[0] = function()
@@ -171,7 +172,8 @@ class _Sums:
 
     def __init__(self, rank: int, group, folder: Path, written: int):
         self.rank, self.group, self.folder, self.written = rank, group, folder, written
-        self.total = self.work = None
+        self.total: Tensor | None = None
+        self.work = None
 
     def say(self, samples: int, failed: bool) -> None:
         self.total = torch.tensor([samples, failed], device="cpu")
@@ -241,7 +243,8 @@ def _prepare(folder: Path, run: str, seeds: list[int]) -> set[int]:
 
 def _held(folder: Path, run: str) -> dict[str, list[int]]:
     """The seeds in each finished file of a run."""
-    held, where = {}, {}
+    held: dict[str, list[int]] = {}
+    where: dict[int, Path] = {}
     for path in sorted(folder.glob("samples-*.safetensors")):
         metadata, _, seeds = _read(path, header_only=True)
         if metadata.get("run") != run:

@@ -1,12 +1,14 @@
 """Latents that are split over devices, as DTensors: every element's noise belongs to its place in the whole latent."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ..noise import seed_table, specified_noise
+from ..noise import Seed, seed_table, specified_noise
 from ..plan import Plan
 from ..step import fast_step
 
@@ -21,7 +23,16 @@ def shard_of(x: DTensor) -> dict:
     return {"global_shape": tuple(x.shape[1:]), "global_start": tuple(start[1:])}
 
 
-def fast_step_dtensor(plan: Plan, i: int, x: DTensor, history: list[DTensor], *, seed, prediction_type=None, guidance=None):
+def fast_step_dtensor(
+    plan: Plan,
+    i: int,
+    x: DTensor,
+    history: Sequence[DTensor],
+    *,
+    seed: Seed,
+    prediction_type: str | None = None,
+    guidance: tuple[DTensor, float | Tensor] | None = None,
+) -> Any:
     """`ersde_fast.fast_step` of latents that are split over processes: each steps its own part, and nothing is communicated.
 
     Gathered, the result has the bits of the step of the whole. Args and result are those of `fast_step`, x, the history and the
@@ -38,14 +49,15 @@ def fast_step_dtensor(plan: Plan, i: int, x: DTensor, history: list[DTensor], *,
             raise ValueError(f"{name} must be split as x is, {x.placements}, got {how}: use {name}.redistribute")
     start, size = _local_range(x.shape, x.device_mesh, x.placements)
     pairs = seed_table(seed, x.shape[0])[start[0] : start[0] + size[0]]
+    local_guidance = None
     if guidance is not None:
         scale = guidance[1]
         if isinstance(scale, Tensor) and scale.shape == x.shape[:1]:
             scale = scale[start[0] : start[0] + size[0]]
-        guidance = guidance[0].to_local(), scale
+        local_guidance = guidance[0].to_local(), scale
     result = fast_step(
         plan, i, x.to_local(), [denoised.to_local() for denoised in history], seed=pairs, prediction_type=prediction_type,
-        guidance=guidance, global_shape=tuple(x.shape[1:]), global_start=tuple(start[1:]),
+        guidance=local_guidance, global_shape=tuple(x.shape[1:]), global_start=tuple(start[1:]),
     )  # fmt: skip
 
     def whole(part: Tensor) -> DTensor:
@@ -54,7 +66,14 @@ def fast_step_dtensor(plan: Plan, i: int, x: DTensor, history: list[DTensor], *,
     return tuple(map(whole, result)) if isinstance(result, tuple) else whole(result)
 
 
-def portable_noise_dtensor(shape: Sequence[int], seed, step: int, device_mesh, placements, dtype=torch.float32) -> DTensor:
+def portable_noise_dtensor(
+    shape: Sequence[int],
+    seed: Seed,
+    step: int,
+    device_mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    dtype: torch.dtype = torch.float32,
+) -> DTensor:
     """`ersde_fast.portable_noise` split over processes, each of which draws its own part; step -1 for the initial latents."""
     start, size = _local_range(shape, device_mesh, placements)
     pairs = seed_table(seed, shape[0])[start[0] : start[0] + size[0]].to(device_mesh.device_type)

@@ -216,15 +216,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         for key, known in CHOICES.items():
             if config[key] not in known:
                 raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
-        if (
-            sum(
-                map(
-                    bool,
-                    [config.use_karras_sigmas, config.use_exponential_sigmas or config.use_lu_lambdas, config.use_beta_sigmas],
-                )
-            )
-            > 1
-        ):
+        exponential = config.use_exponential_sigmas or config.use_lu_lambdas
+        if sum(map(bool, (config.use_karras_sigmas, exponential, config.use_beta_sigmas))) > 1:
             raise ValueError("only one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas can be True")
         if not isinstance(config.noise_scaler, str):
             raise ValueError(f"noise_scaler must be a name in a config, which is saved as JSON, got {config.noise_scaler!r}")
@@ -401,12 +394,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             if timestep.dim() and timestep.numel() != 1:
                 raise ValueError(f"timestep must be one number, got shape {tuple(timestep.shape)}")
             place, rest = divmod(timestep.data_ptr() - placed.data_ptr(), placed.element_size())
-            if (
-                0 <= place < placed.shape[0]
-                and not rest
-                and timestep.dtype == placed.dtype
-                and timestep.device == placed.device
-            ):
+            alike = timestep.dtype == placed.dtype and timestep.device == placed.device
+            if alike and 0 <= place < placed.shape[0] and not rest:
                 return place
             if not timestep.is_cpu:
                 return None
