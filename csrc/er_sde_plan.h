@@ -1,4 +1,4 @@
-// A row of a plan's table from the schedule, in float64: what plan.py's er_sde_plan does on the host, step by step, for plans
+// A row of a plan's table from the schedule, in float64: what weights.py does on the host, step by step, for plans
 // that are built where their sigmas lie. See there for the formulas and their sources. No torch header.
 //
 // A row is the work of a few lanes that share out the points of its integrals: a warp on a GPU, one lane on a CPU. What the
@@ -288,7 +288,7 @@ ERSDE_PLAN_FN void plan_row(const PlanArgs& a, int64_t i, const Lanes& lanes) {
   const bool fits = weights_of_step(a, i, lanes, row);
   if (lanes.index() != 0) return;
   row[kCounter] = (double)(a.first_step + (uint32_t)i);
-  row[kPM] = 1;  // a prediction is its own; plan.py knows the other types
+  row[kPM] = 1;  // of a prediction itself; table.py puts other types in
   double* out = a.table + i * (kWD + a.order);
   for (int c = 0; c < kWD + a.order; ++c) out[c] = fits || c < kWNoise ? row[c] : (double)NAN;
   for (int64_t k = i; k <= i + (i == a.num_steps - 1); ++k) {
