@@ -27,15 +27,16 @@ struct StepKeyword {
   py::handle StepCall::*argument;
   PyObject* interned;
 };
+// In the order in which fast_step passes them.
 StepKeyword kStepKeywords[] = {
     {"noise", &StepCall::noise, nullptr},
     {"generator", &StepCall::generator, nullptr},
     {"seed", &StepCall::seed, nullptr},
     {"draws", &StepCall::draws, nullptr},
+    {"out", &StepCall::out, nullptr},
     {"predicts", &StepCall::predicts, nullptr},
     {"unconditional", &StepCall::unconditional, nullptr},
     {"scale", &StepCall::scale, nullptr},
-    {"out", &StepCall::out, nullptr},
     {"ring", &StepCall::ring, nullptr},
     {"global_shape", &StepCall::global_shape, nullptr},
     {"global_start", &StepCall::global_start, nullptr},
@@ -52,7 +53,7 @@ inline StepCall call_of(PyObject* const* given, Py_ssize_t by_position, PyObject
   TORCH_CHECK_TYPE(by_position == 4, "step takes 4 arguments by position, got ", by_position);
   StepCall call{given[0], given[1], given[2], given[3]};
   constexpr size_t known = std::size(kStepKeywords);
-  size_t next = 0;  // callers keep to the order above, so that the first name compared is the one
+  size_t next = 0;  // of who keeps to that order the first name compared is the one
   for (Py_ssize_t k = 0; k < (keywords ? PyTuple_GET_SIZE(keywords) : 0); ++k) {
     PyObject* name = PyTuple_GET_ITEM(keywords, k);
     size_t tried = 0;

@@ -98,8 +98,8 @@ def fast_step(
         elif table is not None and (plain := _output_if_plain(plan, prediction_type, guidance)) is not None:
             table, unconditional, scale = plain
             result = kernel.step(
-                table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, predicts=True,
-                unconditional=unconditional, scale=scale, out=out,
+                table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, out=out, predicts=True,
+                unconditional=unconditional, scale=scale,
             )  # fmt: skip
         if result is not None:
             return result
