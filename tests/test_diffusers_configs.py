@@ -289,11 +289,39 @@ def test_keys_that_a_class_does_not_read_are_not_read():
     assert ERSDEScheduler.from_config({"_class_name": "PNDMScheduler"}, clip_sample=True).config.clip_sample
 
 
+def run_of(scheduler, steps=6):
+    """A few steps on a made-up output."""
+    scheduler.set_timesteps(steps)
+    x = torch.linspace(-2, 2, 24).view(2, 3, 4)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.sin(3 * x + t / 300), t, x, return_dict=False)[0]
+    return x
+
+
+def test_the_pipelines_guidance_scale_chooses_the_order():
+    made = {scale: run_of(ERSDEScheduler(seed=0, guidance_scale=scale)) for scale in (None, 1.0, 2.5, 7.5)}
+    assert torch.equal(made[1.0], run_of(ERSDEScheduler(seed=0, solver_order=3)))
+    assert torch.equal(made[None], made[2.5]) and not torch.equal(made[None], made[1.0])
+    assert not torch.equal(made[7.5], made[2.5])
+    assert ERSDEScheduler.from_config(diffusers.DDIMScheduler().config, guidance_scale=7.5).config.guidance_scale == 7.5
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("solver_order", 2), ("method", "newton"), ("node_scale", 5.0), ("integration_points", 9), ("lower_order_final", True)],
+)
+def test_a_guidance_scale_beside_what_it_chooses_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"guidance_scale=5.0 chooses the order of each step, which {key} names too"):
+        ERSDEScheduler(guidance_scale=5.0, **{key: value})
+    with pytest.raises(ValueError, match="guidance must be a finite number of at least 0"):
+        ERSDEScheduler(guidance_scale=-1.0)
+
+
 def test_the_solver_keeps_its_own_defaults():
     """The order of another solver is taken where somebody wrote it, not where it is that class's default."""
-    assert ERSDEScheduler.from_config(diffusers.UniPCMultistepScheduler().config).config.solver_order == 3
+    assert ERSDEScheduler.from_config(diffusers.UniPCMultistepScheduler().config).config.solver_order is None
     assert ERSDEScheduler.from_config(diffusers.UniPCMultistepScheduler(solver_order=1).config).config.solver_order == 1
-    assert ERSDEScheduler.from_config({"_class_name": "UniPCMultistepScheduler", "solver_order": 2}).config.solver_order == 3
+    assert ERSDEScheduler.from_config({"_class_name": "UniPCMultistepScheduler", "solver_order": 2}).config.solver_order is None
     assert not ERSDEScheduler.from_config({"_class_name": "UniPCMultistepScheduler"}).config.lower_order_final
     assert ERSDEScheduler.from_config(diffusers.DPMSolverSDEScheduler(noise_sampler_seed=7).config).config.seed == 7
     switched = DPMSolverMultistepScheduler.from_config(ERSDEScheduler(noise_scaler="ode", seed=3).config)
