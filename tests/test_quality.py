@@ -7,14 +7,21 @@ import sys
 import pytest
 import torch
 
+import flows
+import guidance
 import page
+import regret
 import study
 from ersde_fast import er_sde_plan, fast_step
-from ersde_fast.schedules import karras_sigmas
-from network import LIMIT, Network
+from ersde_fast.integrations.edm import karras_sigmas
+from features import kernel_distance
+from guidance import FROM_80, Cell, GuidedMixture
+from network import LIMIT, Network, network
 from problems import (
     Empirical,
+    Guided,
     Mixture,
+    Moments,
     data_std,
     digits_mixture,
     frechet,
@@ -24,7 +31,7 @@ from problems import (
     gaussian_variance,
     sliced_wasserstein,
 )
-from samplers import RIVALS, of_diffusers, of_k_diffusion, ours
+from samplers import KINDS, RIVALS, kind_of, limit_of, of_diffusers, of_k_diffusion, ours, under_guidance
 
 
 def generator(seed=0):
@@ -103,22 +110,133 @@ def test_convergence_and_amplification_in_closed_form():
     assert got["all"] == pytest.approx(math.hypot(response, last)) and got["high"] == got["all"]
 
 
-@pytest.mark.parametrize("classes", [True, False])
-def test_the_network_as_a_problem(classes):
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
+def test_the_guided_denoiser_is_its_formula(scale):
+    """Of the mixture: the prediction of the component alone, sample i of component i mod k, against that of all."""
+    problem = small_mixture()
+    x = 2 * torch.randn(6, 3, dtype=torch.float64, generator=generator(2))
+    covariances = torch.einsum("kde,ke,kfe->kdf", problem.axes, problem.values, problem.axes)
+    alone = [Mixture(torch.ones(1, dtype=torch.float64), problem.means[k : k + 1], covariances[k : k + 1]) for k in (0, 1)]
+    of_class = torch.stack([alone[i % 2].denoise(x[i : i + 1], 0.7)[0] for i in range(6)])
+    expected = (1 - scale) * problem.denoise(x, 0.7) + scale * of_class
+    torch.testing.assert_close(Guided(problem, scale).denoise(x, 0.7), expected)
+    single = Guided(problem.to(torch.float32), scale).denoise(x.float(), 0.7)
+    torch.testing.assert_close(single, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
+def test_the_guided_network_is_its_formula(scale):
+    of, net = Network("digits", "cpu", scale, samples=20, batch=10), network("digits")
+    x = 3 * torch.randn(20, 1, 28, 28, generator=generator())
+    without, told = net(x, 3.0), net(x, 3.0, of.labels)
+    torch.testing.assert_close(of.denoise(x, 3.0), without + scale * (told - without), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_the_network_as_a_problem(scale):
     """Samples nearer to the network's limit with more evaluations; the same cell twice; its levels placed between the ends."""
-    network = Network("cpu", karras_sigmas(12, 0.002, 20.0), classes, samples=40, batch=20)
-    few, many = (network.measure(LIMIT, karras_sigmas(n, 0.002, 20.0), 0) for n in (3, 8))
+    of = Network("digits", "cpu", scale, samples=40, batch=20)
+    limit = of.reference(of.run(LIMIT, karras_sigmas(12, 0.002, 20.0), 100))
+    few, many = (of.compare(of.run(LIMIT, karras_sigmas(n, 0.002, 20.0), 0), limit) for n in (3, 8))
     assert many["frechet"] < few["frechet"] and many["data"] < few["data"]
-    assert many == network.measure(LIMIT, karras_sigmas(8, 0.002, 20.0), 0)
-    placed = network.placed(karras_sigmas(12, 0.002, 20.0), 5)
+    assert many == of.compare(of.run(LIMIT, karras_sigmas(8, 0.002, 20.0), 0), limit)
+    placed = of.placed(karras_sigmas(12, 0.002, 20.0), 5)
     assert placed.tolist()[::4] == pytest.approx([20, 0.002]) and len(placed) == 6
 
 
-def test_the_page_shows_what_was_kept():
-    """Every table of docs/quality.md is the one that results.json makes."""
-    text = (study.ROOT / "docs" / "quality.md").read_text()
-    for name, made in page.tables(study.kept()).items():
-        assert f"<!-- {name} -->\n{made}\n<!-- end -->" in text, name
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_limit_is_nearer_to_itself_than_few_evaluations_come(kind):
+    of, sigmas = GuidedMixture(5.0, samples=500), karras_sigmas(40)
+    limit = Moments.of(of.run(limit_of(kind), sigmas, 100))
+    floor = of.compare(of.run(limit_of(kind), sigmas, 0), limit)["frechet"]
+    few = of.compare(of.run(limit_of(kind), karras_sigmas(6), 0), limit)["frechet"]
+    assert 0 < floor < 0.6 < 2 * floor < few
+
+
+def test_kernel_distance_is_the_mean_over_pairs():
+    x, y = torch.randn(5, 3, dtype=torch.float64, generator=generator()), torch.randn(4, 3, dtype=torch.float64) + 1
+    kernel = lambda a, b: (a.dot(b) / 3 + 1) ** 3  # noqa: E731
+    pairs = lambda of: [kernel(a, b) for a in of for b in of if a is not b]  # noqa: E731
+    expected = sum(map(lambda of: sum(pairs(list(of))) / len(pairs(list(of))), (x, y)))
+    expected -= 2 * sum(kernel(a, b) for a in x for b in y) / 20
+    assert kernel_distance(x, y) == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("name", [name for name in flows.contenders(1.0) if "told" not in name])
+def test_flows_end_at_the_data(name):
+    """With many steps each sampler of a flow ends near the moments, so each runs as its package means it to."""
+    problem, g = small_mixture(), generator()
+    denoise = flows.as_flow(problem.denoise, 1e4)
+    draw = lambda i=None: torch.randn(4000, 3, dtype=torch.float64, generator=g)  # noqa: E731
+    x = flows.contenders(1.0)[name](denoise, draw(), draw, 100, 3.0)
+    assert frechet(x.double(), problem.mean, problem.covariance) < 0.03
+
+
+def test_flow_levels():
+    assert flows.in_equal_parts(4, 3.0).tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert flows.to_the_end(3, 1.0).tolist() == pytest.approx([1, 0.5005, 0.001, 0])
+    for shift in (1.0, 3.0):
+        sigmas = guidance.as_flow_spaces(6, 0.002, 80.0, shift)
+        s = sigmas / (1 + sigmas)
+        unshifted = (s / (shift - (shift - 1) * s))[:-1]
+        assert sigmas.tolist()[::5] == pytest.approx([80, 0.002]) and sigmas[-1] == 0
+        torch.testing.assert_close(unshifted.diff(), unshifted.diff().mean().expand(5))
+
+
+def test_regret_of_a_made_up_table():
+    """Excess over the floor of each sampler's own kind; the best of a place is 1; flows do not count."""
+    where = f"emoji, guidance 5, {FROM_80}"
+    results = {
+        f"{where} | limit, sde_5 | 60 | 0": {"frechet": 5.0},
+        f"{where} | limit, ode | 60 | 0": {"frechet": 4.0},
+        f"{where} | default | 8 | 0": {"frechet": 10.0},
+        f"{where} | default | 8 | 1": {"frechet": 12.0},
+        f"{where} | DPM-Solver++ 2M | 8 | 0": {"frechet": 16.0},
+        f"{where} | default | 10 | 0": {"frechet": 7.0},
+        f"{where} | UniPC | 10 | 0": {"frechet": 3.5},
+        "emoji as flow, guidance 5, shift 3 | default | 8 | 0": {"frechet": 1.0},
+    }
+    found = regret.regrets(regret.distances(results))
+    eight, ten = (regret.Place("emoji", 5.0, FROM_80, n) for n in (8, 10))
+    assert found == {
+        eight: {"default": 1.0, "DPM-Solver++ 2M": (4 + 12) / (4 + 6)},
+        ten: {"default": (4 + 2) / 4, "UniPC": 1.0},
+    }
+    everywhere = regret.at(regret.NETWORKS, None, None)
+    assert regret.summary(found, "default", everywhere) == (1.5, 1.25, ten, 2)
+    assert regret.summary(found, "DDIM", everywhere) is None
+    assert regret.summary(found, "default", regret.at(regret.NETWORKS, [FROM_80], (8,))) == (1.0, 1.0, eight, 1)
+
+
+def test_every_sampler_has_the_limit_of_its_kind():
+    assert {name: kind_of(name) for name in under_guidance(1.0)} == {
+        "default": "sde_5", "told": "sde_5", "published, order 3": "sde_5", "default, ode": "ode", "told, ode": "ode",
+        "DPM-Solver++ 2M": "ode", "SDE-DPM-Solver++ 2M": "sde", "UniPC": "ode", "DDIM": "ode", "Heun": "ode",
+    }  # fmt: skip
+    assert kind_of("limit, sde") == "sde" and kind_of("default, equal parts") == "sde_5" and kind_of("Euler") == "ode"
+
+
+def test_shards_are_the_whole_and_keep_groups():
+    chosen = [Cell(f"{g} | s | {n} | 0", dict, g, 1.0 + n) for n in range(3) for g in "abcde"]
+    parts = [study.shard(chosen, i, 2) for i in range(2)]
+    assert sorted(cell.key for part in parts for cell in part) == sorted(cell.key for cell in chosen)
+    assert not {cell.group for cell in parts[0]} & {cell.group for cell in parts[1]}
+    assert parts[0] == [cell for cell in chosen if cell in parts[0]]
+
+
+def test_the_study_wants_what_was_kept():
+    keys = [cell.key for cell in study.wanted([*study.EXACT, *study.ON_GPU], "cpu")]
+    assert len(set(keys)) == len(keys) and set(study.kept()) <= set(keys)
+
+
+def test_the_pages_show_what_was_kept():
+    """Every table is in one of the pages, as results.json makes it."""
+    made = page.tables(study.kept())
+    texts = [(study.ROOT / "docs" / name).read_text() for name in page.PAGES]
+    for name in made:
+        assert sum(f"<!-- {name} -->" in text for text in texts) == 1, name
+    for text in texts:
+        assert page.with_tables(text, made) == text
 
 
 @pytest.mark.parametrize("name", RIVALS)

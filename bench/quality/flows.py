@@ -120,21 +120,17 @@ def as_flows(name: str, device: str, rows) -> Iterator[Cell]:
     return made(name, rows, place, functools.partial(measure, name, device))
 
 
-def floors(name: str, guidances):
-    return [(g, 3.0, f"limit, {kind}", [COSTS[name].limit_steps], [0]) for g in guidances for kind in ("sde_5", "ode")]
-
-
 def exact_cells() -> Iterator[Cell]:
-    rows = floors(EXACT, GUIDANCE)
+    rows = [(g, 3.0, f"limit, {kind}", [COSTS[EXACT].limit_steps], [0]) for g in GUIDANCE for kind in ("sde_5", "ode")]
     rows += [(g, shift, s, EVALUATIONS, (0, 1, 2)) for g in GUIDANCE for shift in SHIFTS for s in contenders(g)]
     return as_flows(EXACT, "cpu", rows)
 
 
 def network_cells(device: str) -> Iterator[Cell]:
-    for name, evaluations, shifts in (
-        ("fashion_flow", EVALUATIONS, (3.0, 1.0)), ("fashion", EVALUATIONS, (3.0,)), ("emoji", (8, 20), (3.0,)),
-        ("digits_classes", EVALUATIONS, (3.0,)),
+    for name, evaluations, shift in (
+        ("fashion_flow", EVALUATIONS, 3.0), ("digits_classes", EVALUATIONS, 3.0), ("emoji", (8, 20), 3.0),
+        ("fashion_flow", EVALUATIONS, 1.0),
     ):  # fmt: skip
         for g in (4.0, 1.0, 7.0):
-            rows = [(g, shift, sampler, evaluations, (0,)) for shift in shifts for sampler in ON_NETWORKS]
-            yield from as_flows(name, device, rows + (floors(name, [g]) if name == "fashion_flow" else []))
+            rows = [(g, shift, sampler, evaluations, (0,)) for sampler in ON_NETWORKS]
+            yield from as_flows(name, device, rows)

@@ -73,8 +73,8 @@ class Kind(NamedTuple):
 
 
 COSTS = {
-    EXACT: Kind(200, 0.0, 0.0), "digits_classes": Kind(60, 0.003, 0.1), "emoji": Kind(60, 0.0205, 0.45),
-    "fashion": Kind(60, 0.007, 0.45), "fashion_flow": Kind(60, 0.007, 0.45),
+    EXACT: Kind(200, 0.0, 0.0), "digits_classes": Kind(60, 0.003, 0.05), "emoji": Kind(60, 0.0205, 0.35),
+    "fashion": Kind(60, 0.007, 0.35), "fashion_flow": Kind(60, 0.007, 0.35),
 }  # fmt: skip
 
 

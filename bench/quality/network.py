@@ -98,7 +98,8 @@ class Network:
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """Of the images as they would be saved: without what lies outside [-1, 1]."""
-        return torch.cat([self.extractor.features(part.float().clamp(-1, 1)) for part in x.split(500)])
+        with torch.autocast(self.device, torch.float16, enabled=self.device != "cpu" and self.name != "digits"):
+            return torch.cat([self.extractor.features(part.float().clamp(-1, 1)).float() for part in x.split(500)])
 
     def reference(self, x: Tensor) -> Reference:
         features = self.features(x)

@@ -23,10 +23,11 @@ from guidance import Cell
 from problems import data_std, digits_mixture
 from samplers import RIVALS, contenders
 
+START = time.monotonic()
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
 EXACT = {"exact": cells.cells, "guided": guidance.exact_cells, "flows": flows.exact_cells}
-ON_GPU = {"networks": guidance.network_cells, "digits": cells.network_cells, "network flows": flows.network_cells}
+ON_GPU = {"networks": guidance.network_cells, "digits": cells.network_cells, "network_flows": flows.network_cells}
 
 
 def kept(path: Path = RESULTS) -> dict:
@@ -46,15 +47,14 @@ def wanted(parts: list[str], device: str) -> list[Cell]:
 
 def shard(chosen: list[Cell], index: int, count: int) -> list[Cell]:
     """Those of one process of several: each group, in order, goes to the process with the least to do."""
-    groups, busy = {}, [0.0] * count
+    group_of = lambda cell: cell.group or cell.key.partition(" | ")[0]  # noqa: E731
+    seconds, owner, busy = {}, {}, [0.0] * count
     for cell in chosen:
-        groups.setdefault(cell.group or cell.key.partition(" | ")[0], []).append(cell)
-    mine = []
-    for group in groups.values():
-        least = busy.index(min(busy))
-        busy[least] += sum(cell.seconds or 1.0 for cell in group)
-        mine += group if least == index else []
-    return mine
+        seconds[group_of(cell)] = seconds.get(group_of(cell), 0.0) + (cell.seconds or 1.0)
+    for group, cost in seconds.items():
+        owner[group] = busy.index(min(busy))
+        busy[owner[group]] += cost
+    return [cell for cell in chosen if owner[group_of(cell)] == index]
 
 
 def rounded(result: dict) -> dict:
@@ -63,15 +63,17 @@ def rounded(result: dict) -> dict:
 
 def measure(chosen: list[Cell], results: dict, out: Path, seconds: float) -> None:
     """Measures into `results`, which are kept every twenty seconds, until all are or the time is up."""
-    start = saved = time.monotonic()
-    for cell in tqdm(chosen, unit="cell"):
-        if time.monotonic() - start + cell.seconds > seconds:
-            break
-        results[cell.key] = rounded(cell.measure())
-        if time.monotonic() - saved > 20:
-            keep(results, out)
-            saved = time.monotonic()
-    keep(results, out)
+    saved = time.monotonic()
+    try:
+        for cell in tqdm(chosen, unit="cell"):
+            if time.monotonic() - START + cell.seconds > seconds:
+                break
+            results[cell.key] = rounded(cell.measure())
+            if time.monotonic() - saved > 20:
+                keep(results, out)
+                saved = time.monotonic()
+    finally:
+        keep(results, out)
 
 
 def quick() -> None:
