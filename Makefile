@@ -63,7 +63,8 @@ bench: env
 	$(PY) -m pytest bench $(if $(RESULTS),--benchmark-json=$(RESULTS))
 	$(if $(RESULTS),$(PY) bench/report.py $(RESULTS))
 
-# Measures what bench/quality/results.json lacks; remove that file to measure all of it anew (31 minutes and, for the network, a GPU).
+# Measures what bench/quality/results.json lacks; remove that file to measure all of it anew. The networks' cells need a GPU, and
+# `pip install -e .[study]` for the features and pictures; bench/quality/study.py says how to share them among several.
 quality: env
 	$(PY) bench/quality/study.py
 

@@ -247,14 +247,42 @@ def regret_picture(results: dict, plt):
             )
         panel.set(xscale="log", xlim=(0.93, 200), title=title, ylim=(len(samplers) - 0.5, -0.5))
         panel.set_yticks(range(len(samplers)), samplers)
-        ticks = (1, 1.2, 1.5, 2, 3, 5, 10, 30, 100)
+        ticks = (1, 1.3, 2, 3, 5, 10, 30, 100)
         panel.set_xticks(ticks, ticks, fontsize=8)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     for g, color in colors.items():
         axes.flat[0].scatter([], [], s=12, color=color, label=f"guidance {g:g}")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.supxlabel("times the best sampler's distance; bar: median; number: worst")
+    figure.suptitle("times the distance of the best sampler; a bar is the median, the number the worst", fontsize=11)
+    return figure
+
+
+def guidance_picture(results: dict, plt):
+    """Distance against evaluations from 80, a row a problem and a column a guidance."""
+    where = lambda name, g: f"{name}, guidance {g:g}, {guidance.FROM_80}"  # noqa: E731
+    shown = [name for name in ("emoji", guidance.EXACT) if over_seeds(results, where(name, 5.0), "default", 8)]
+    figure, axes = plt.subplots(
+        len(shown), 4, figsize=(16, 3.6 * len(shown)), layout="constrained", sharex=True, sharey="row", squeeze=False
+    )
+    for name, row in zip(shown, axes, strict=True):
+        for g, panel in zip(guidance.GUIDANCE, row, strict=True):
+            panel.set_prop_cycle(color=plt.colormaps["tab10"].colors)
+            for sampler in under_guidance(1.0):
+                means = {n: cell[0] for n in guidance.EVALUATIONS if (cell := over_seeds(results, where(name, g), sampler, n))}
+                style = "o-" if sampler.split(",")[0] in ("default", "told") else "s--" if sampler == PUBLISHED else ".:"
+                panel.plot(list(means), list(means.values()), style, markersize=4, label=sampler)
+            floor = over_seeds(results, where(name, g), "limit, sde_5", guidance.COSTS[name].limit_steps)
+            if floor:
+                panel.axhline(floor[0], color="black", linewidth=0.8, label="floor")
+            panel.set(xscale="log", yscale="log", title=f"{name}, guidance {g:g}")
+            panel.set_xticks(guidance.EVALUATIONS, guidance.EVALUATIONS)
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        drawn = [y for panel in row for line in panel.lines for y in line.get_ydata()]
+        row[0].set(ylabel="squared Frechet distance", ylim=(0.8 * min(drawn), min(max(drawn), 600 * min(drawn))))
+    figure.supxlabel("evaluations")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     return figure
 
 
@@ -356,6 +384,7 @@ def figures(results: dict, folder: Path) -> None:
     made["node_scale.png"] = figure
 
     made["quality_regret.png"] = regret_picture(results, plt)
+    made["quality_guidance.png"] = guidance_picture(results, plt)
     for name, figure in made.items():
         figure.savefig(folder / name, dpi=110)
         plt.close(figure)
