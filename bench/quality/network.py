@@ -66,9 +66,7 @@ class Network:
     @torch.no_grad()
     def call(self, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
         level = torch.tensor(sigma, dtype=torch.float32, device=self.device)
-        with torch.autocast(
-            self.device, torch.bfloat16 if self.name != "digits" else torch.float16, enabled=self.device != "cpu"
-        ):
+        with torch.autocast(self.device, torch.float16, enabled=self.device != "cpu"):
             return self.net(x.float(), level, labels).to(x.dtype)
 
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
