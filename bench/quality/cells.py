@@ -60,12 +60,13 @@ SPACINGS = {  # of the levels, beside Karras et al.'s
     "placed": functools.partial(placed, "mixture"),
 }
 SOME = [
-    "default", "published, order 3", "newton 3", "newton 2, c = 10 std", "newton 3, c = 10 std", "newton 4, c = 15 std", "newton 3, c = 10 std, ode",
+    "default", "told", "published, order 3", "newton 3", "newton 2, c = 10 std", "newton 3, c = 10 std", "newton 4, c = 15 std", "newton 3, c = 10 std, ode",
     "newton 3, c = 10 std, sde", *RIVALS,
 ]  # fmt: skip
 FLOOR = "exact samples"
 PLACED = [
     "default",
+    "told",
     "newton 3, c = 10 std",
     "newton 3, c = 10 std, ode",
     "published, order 3",
@@ -74,7 +75,7 @@ PLACED = [
     "SDE-DPM-Solver++ 2M",
 ]
 ON_NETWORK = [
-    "default", "published, order 3", "newton 3, c = 10 std", "newton 3, c = 10 std, ode", "newton 3, c = 15 std", "DPM-Solver++ 2M", "UniPC",
+    "default", "told", "published, order 3", "newton 3, c = 10 std", "newton 3, c = 10 std, ode", "newton 3, c = 15 std", "DPM-Solver++ 2M", "UniPC",
     "SDE-DPM-Solver++ 2M", "newton 3", "newton 4, c = 15 std", "newton 3, c = 30 std", "newton 2, c = 5 std", "newton 2, c = 10 std",
     "newton 3, c = 5 std", "newton 4, c = 10 std", "newton 5", "newton 3, c = 10 std, reverse_time_sde(0.25)",
     "newton 3, c = 10 std, reverse_time_sde(0.5)", "newton 3, c = 10 std, sde", "published, order 1", "published, order 2", *BY_LEVEL,
@@ -148,6 +149,7 @@ def cells():
             "taylor 3, exact": ours(method="taylor"),
             "newton 3": ours(method="newton"),
             "default": ours(),
+            "told": ours(guidance=1.0),
         }
         samplers |= {f"newton 3, c = {c}": ours(method="newton", node_scale=float(c)) for c in (4, 8, 16, 32)}
         samplers |= {name: RIVALS[name] for name in ("SDE-DPM-Solver++ 2M", "DPM-Solver++ 2M")}

@@ -129,7 +129,7 @@ def contenders(std: float) -> dict:
     """Name to sampler, for data of that standard deviation."""
     newton = {"method": "newton"}  # in er_lambda itself, where no node_scale follows
     result = {f"published, order {n}": ours(max_stage=n, **PUBLISHED) for n in (1, 2, 3)}
-    result |= {"taylor 3, exact": ours(max_stage=3, method="taylor"), "default": ours()}
+    result |= {"taylor 3, exact": ours(max_stage=3, method="taylor"), "default": ours(), "told": ours(guidance=1.0)}
     result |= {f"newton {n}": ours(max_stage=n, **newton) for n in (2, 3, 4, 5)}
     for times in (5, 10, 15, 30):
         result |= {f"newton {n}, c = {times} std": ours(max_stage=n, node_scale=times * std, **newton) for n in (2, 3, 4)}
