@@ -1,6 +1,6 @@
 """docs/emoji.png: the same emoji by three samplers, 8 evaluations each under guidance 5, and by their limit.
 
-python bench/quality/gallery.py        # a minute or two of a CPU
+python bench/quality/gallery.py        # five minutes of two cores
 """
 
 from pathlib import Path

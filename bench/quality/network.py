@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.nn import functional as F
 
 from ersde_fast import place_sigmas
@@ -32,7 +33,10 @@ def network(name: str) -> nn.Module:
 @functools.cache
 def network_on(name: str, device: str):
     net = network(name).to(device, memory_format=torch.channels_last)
-    return torch.compile(net.denoised, dynamic=False) if device != "cpu" else net.denoised
+    if device == "cpu":
+        return net.denoised
+    inductor.shape_padding = False  # its trial multiplies float32 by float16 under autocast, an error in torch 2.11
+    return torch.compile(net.denoised, dynamic=False)
 
 
 @functools.cache
