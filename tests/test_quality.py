@@ -72,8 +72,9 @@ def test_moments_and_distances():
     assert frechet(2 * (x - x.mean(0)) + problem.mean, problem.mean, problem.covariance) == pytest.approx(
         problem.covariance.trace().item(), rel=0.02
     )
-    assert sliced_wasserstein(x, x) == 0
-    assert sliced_wasserstein(x, x + torch.tensor([1.0, 0, 0])) == pytest.approx(
+    few = x[:2000]
+    assert sliced_wasserstein(few, few) == 0
+    assert sliced_wasserstein(few, few + torch.tensor([1.0, 0, 0])) == pytest.approx(
         0.5, rel=0.1
     )  # mean |cosine| in three dimensions
     assert 0.5 < data_std(digits_mixture()) < 0.6
@@ -132,7 +133,7 @@ def test_the_guided_network_is_its_formula(scale):
     torch.testing.assert_close(of.denoise(x, 3.0), without + scale * (told - without), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_network_as_a_problem(scale):
     """Samples nearer to the network's limit with more evaluations; the same cell twice; its levels placed between the ends."""
     of = Network("digits", "cpu", scale, samples=40, batch=20)

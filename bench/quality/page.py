@@ -61,8 +61,13 @@ def by_evaluations(results: dict, problem: str, what="frechet", evaluations=cell
 def shares(results: dict, problem: str, samplers: list[str], evaluations: tuple, of: str, what="frechet") -> str:
     """Excess over the floor, as a share of the published rule's on the problem `of`."""
     least = floor(results, problem, what)
-    excess = lambda name, sampler, n: over_seeds(results, name, sampler, n, what)[0] - least  # noqa: E731
-    rows = [[s, *(f"{excess(problem, s, n) / excess(of, PUBLISHED, n):.2f}" for n in evaluations)] for s in samplers]
+
+    def share(sampler, n):
+        cell, published = over_seeds(results, problem, sampler, n, what), over_seeds(results, of, PUBLISHED, n, what)
+        return f"{(cell[0] - least) / (published[0] - least):.2f}" if cell else ""
+
+    rows = [[s, *(share(s, n) for n in evaluations)] for s in samplers]
+    rows = [row for row in rows if any(row[1:])]
     title = f"{problem}{' to the data' if what == 'data' else ''}: share of the published rule's excess"
     return markdown([title, *map(str, evaluations)], rows)
 
@@ -130,14 +135,15 @@ def plain(value: float | None) -> str:
 
 
 def plain_grid(results: dict, corner: str, columns: list[tuple], samplers: list[str], what="frechet", scale=1.0) -> str:
-    """Samplers by columns (title, problem, evaluations), means alone, the smallest of each column in bold; without empty rows."""
+    """Samplers by columns (title, problem, evaluations), means alone, the smallest of several in bold; without empty rows."""
 
     def mean(of, sampler, n):
         cell = over_seeds(results, of, sampler, n, what)
         return None if cell is None else scale * cell[0]
 
     found = {sampler: [mean(of, sampler, n) for _, of, n in columns] for sampler in samplers}
-    best = [min((value for value in column if value is not None), default=None) for column in zip(*found.values(), strict=True)]
+    measured = [[value for value in column if value is not None] for column in zip(*found.values(), strict=True)]
+    best = [min(column) if len(column) > 1 else None for column in measured]
     rows = [
         [
             sampler,
@@ -155,7 +161,7 @@ def plain_grid(results: dict, corner: str, columns: list[tuple], samplers: list[
 def floors(results: dict, of: str, steps: int) -> str:
     """One line of the limits' own distances."""
     found = {kind: over_seeds(results, of, f"limit, {kind}", steps) for kind in KINDS}
-    return "floor: " + ", ".join(f"{cell[0]:.3g} ({kind})" for kind, cell in found.items() if cell)
+    return "floor: " + (", ".join(f"{cell[0]:.3g} ({kind})" for kind, cell in found.items() if cell) or "not measured")
 
 
 def under(results: dict, name: str, g: float) -> str:
@@ -206,19 +212,17 @@ def panels(regret_of: dict) -> dict:
     return {title: chosen for title, chosen in made.items() if any(map(chosen, regret_of))}
 
 
-def regret_table(results: dict) -> str:
-    """Worst, median and where the worst is, of every sampler."""
+def regret_table(results: dict, where: bool) -> str:
+    """Worst and median of every sampler, and where the worst is."""
     of = regret.regrets(regret.distances(results))
     chosen = panels(of)
     rows = []
     for sampler in under_guidance(1.0):
-        row = [sampler]
-        for choice in chosen.values():
-            found = regret.summary(of, sampler, choice)
-            row += ["", ""] if found is None else [f"{found.worst:.3g}, {found.median:.2f}", str(found.where)]
-        rows.append(row)
-    titles = [part for title in chosen for part in (f"{title}: worst, median", "where")]
-    return markdown(["sampler", *titles], [row for row in rows if any(row[1:])])
+        found = [regret.summary(of, sampler, choice) for choice in chosen.values()]
+        parts = [["", ""] if it is None else [f"{plain(it.worst)}, {it.median:.2f}", str(it.where)] for it in found]
+        rows.append([sampler, *(part for pair in parts for part in (pair if where else pair[:1]))])
+    titles = [part for title in chosen for part in ([f"{title}: worst, median", "where"] if where else [title])]
+    return markdown(["sampler" if where else "worst, median", *titles], [row for row in rows if any(row[1:])])
 
 
 def regret_picture(results: dict, plt):
@@ -289,6 +293,7 @@ def guidance_picture(results: dict, plt):
 def tables(results: dict) -> dict[str, str]:
     chosen = [
         "default",
+        "told",
         "newton 3",
         "newton 2, c = 10 std",
         "newton 3, c = 5 std",
@@ -305,7 +310,7 @@ def tables(results: dict) -> dict[str, str]:
         "spectra": spectra(results), "spacings": spacings(results), "families": families(results), "ends": ends(results),
         "convergence": convergence(results), "amplification": amplification(results),
     }  # fmt: skip
-    if over_seeds(results, "network", "default", 8):
+    if over_seeds(results, "network", "told", 8):
         for name in cells.NETWORKS:
             made |= {
                 name: by_evaluations(results, name, "frechet", few, network),
@@ -318,7 +323,7 @@ def tables(results: dict) -> dict[str, str]:
             "placed": placed(results),
             "placed excess": shares(results, "mixture, placed", cells.PLACED, (5, 6, 8, 10), "mixture"),
         }
-    made["regret"] = regret_table(results)
+    made |= {"regret": regret_table(results, where=True), "regret, short": regret_table(results, where=False)}
     for name in NAMES:
         for g in guidance.GUIDANCE:
             if over_seeds(results, f"{name}, guidance {g:g}, {guidance.FROM_80}", "default", 8):
@@ -339,7 +344,7 @@ def tables(results: dict) -> dict[str, str]:
 
 def picture(results: dict, plt, names: tuple, evaluations: tuple, limits: tuple):
     """Distance against evaluations, one panel a problem."""
-    drawn = [PUBLISHED, "newton 3", "default", OURS, f"{OURS}, ode", *RIVALS]
+    drawn = [PUBLISHED, "newton 3", "default", "told", OURS, f"{OURS}, ode", *RIVALS]
     figure, panels = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.5), layout="constrained")
     for panel, problem in zip(panels, names, strict=True):
         panel.set_prop_cycle(color=plt.colormaps["tab20"].colors)
@@ -364,7 +369,7 @@ def figures(results: dict, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     made = {"quality.png": picture(results, plt, tuple(cells.PROBLEMS), cells.EVALUATIONS, (0.02, 20))}
-    if over_seeds(results, "network", "default", 8):
+    if over_seeds(results, "network", "told", 8):
         made["quality_network.png"] = picture(results, plt, cells.NETWORKS, (5, 6, 8, 10, 15, 20), (0.02, 10))
 
     figure, panel = plt.subplots(figsize=(5.5, 4), layout="constrained")
