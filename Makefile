@@ -63,8 +63,9 @@ bench: env
 	$(PY) -m pytest bench $(if $(RESULTS),--benchmark-json=$(RESULTS))
 	$(if $(RESULTS),$(PY) bench/report.py $(RESULTS))
 
-# Measures what bench/quality/results.json lacks; remove that file to measure all of it anew. The networks' cells need a GPU, and
-# `pip install -e .[study]` for the features and pictures; bench/quality/study.py says how to share them among several.
+# Measures what bench/quality/results.json lacks and writes the pages. Without that file the exact problems take more than half an hour of two
+# cores; the networks' cells, left out without a GPU, about 45 minutes of an H100 (`bench/quality/study.py --cost --device cuda`, and 15 for
+# the digits without guidance). They need the packages named in bench/quality/features.py and pictures.py; study.py shares them among GPUs.
 quality: env
 	$(PY) bench/quality/study.py
 
