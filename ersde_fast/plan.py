@@ -164,7 +164,7 @@ def er_sde_plan(
             function of a float64 tensor of er_lambdas, elementwise. "sde_5", the paper's: as near to the model's limit as
             "ode" from 8 evaluations on, and the noise still takes some of the model's errors back.
         method: "newton" integrates the polynomial through the history exactly and has the true order n. "taylor" is the
-            paper's rule. None is "newton", which is ahead of the paper's rule on every problem of docs/quality.md, or "taylor"
+            paper's rule. None is "newton", which is mostly ahead of the paper's rule (docs/quality.md), or "taylor"
             where integration_points are given.
         node_scale: newton only; the history is interpolated in `l / (1 + l / node_scale)`, in which it is closer to a
             polynomial. inf is er_lambda itself. None is inf where a method is named, and where none is 10 or what guidance

@@ -109,7 +109,7 @@ def place_sigmas(
 
     Where the difference of orders 3 and 2 says that the local error grows as C h^3, levels whose density is C^(1/4) make the
     smallest sum of errors of order 3. The levels belong to the model and the kind of data, so one pilot serves all later runs.
-    They gain most at 5 to 12 steps; from 15 on Karras et al.'s are as good (docs/quality.md, "Where the levels lie").
+    They gain most at 5 to 12 steps; from 15 on Karras et al.'s are as good (docs/quality_tables.md, "Where the levels lie").
 
     Args:
         model: `model(x, sigma, **extra_args)`, sigma [batch], to the denoised sample.
