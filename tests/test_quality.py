@@ -13,7 +13,7 @@ import page
 import regret
 import study
 from ersde_fast import er_sde_plan, fast_step
-from ersde_fast.integrations.edm import karras_sigmas
+from ersde_fast.schedules import karras_sigmas
 from features import kernel_distance
 from guidance import FROM_80, Cell, GuidedMixture
 from network import LIMIT, Network, network

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from ersde_fast.integrations.edm import karras_sigmas
+from ersde_fast.schedules import karras_sigmas
 from network import Network
 from samplers import limit_of, under_guidance
 

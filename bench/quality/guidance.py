@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cells import as_flow_spaces, even_in_log_snr, steps_of
 from ersde_fast import place_sigmas
-from ersde_fast.integrations.edm import karras_sigmas
+from ersde_fast.schedules import karras_sigmas
 from problems import Guided, Moments, digits_mixture
 from samplers import KINDS, kind_of, limit_of, under_guidance
 
