@@ -574,7 +574,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   intern_keywords();
   if (PyModule_AddFunctions(m.ptr(), kStepMethods) != 0) throw py::error_already_set();
-  m.def("plan", &plan);
+  // Wrapped, so that torch's errors become Python's here, as those of `step` do, and not in pybind11's part of another library.
+  m.def("plan", torch::wrap_pybind_function(plan));
   // What Python states too; a test holds both to each other.
   py::dict facts;
   facts["max_dims"] = ersde::kMaxDims;
@@ -585,13 +586,13 @@ PYBIND11_MODULE(_C, m) {
   facts["forms"] = names_of(ersde::kScalers);
   facts["methods"] = names_of(ersde::kMethods);
   m.attr("facts") = facts;
-  m.def("portable_noise", &portable_noise);
-  m.def("torch_noise", &torch_noise);
+  m.def("portable_noise", torch::wrap_pybind_function(portable_noise));
+  m.def("torch_noise", torch::wrap_pybind_function(torch_noise));
   m.def("torch_stream", [](int device) { return (int)torch_stream_of_device.at(device); });
   m.def("set_torch_stream", [](int device, bool as_here) {
     torch_stream_of_device.at(device) = as_here ? TorchStream::as_here : TorchStream::otherwise;
   });
-  m.def("box_muller", &box_muller);
+  m.def("box_muller", torch::wrap_pybind_function(box_muller));
   m.def("instruction_set", &ersde::instruction_set_name);
   m.def("use_instruction_set", [](int set) { return ersde::use_instruction_set(static_cast<ersde::InstructionSet>(set)); });
 }
