@@ -12,7 +12,7 @@ from ersde_fast.graph import SamplingGraph
 from ersde_fast.noise import seed_table
 from ersde_fast.plan import _build_by_kernel
 
-PLAN = er_sde_plan([10.0, 8.0, 6.0, 4.0, 2.0, 1.0])
+PLAN = er_sde_plan([10.0, 8.0, 6.0, 4.0, 2.0, 1.0], order=3)
 STEP = 3
 
 
@@ -25,7 +25,7 @@ def test_host_time(benchmark, shape, name):
     torch.manual_seed(0)
     x, noise, *history = (torch.randn(shape, device=DEVICE) for _ in range(5))
     leaf = x.clone().requires_grad_()
-    ode = er_sde_plan(PLAN.sigmas, noise_scaler="ode")
+    ode = er_sde_plan(PLAN.sigmas, order=3, noise_scaler="ode")
     functions = {
         "torch.add": lambda: torch.add(x, noise),
         "step, no noise": lambda: fast_step(ode, STEP, x, history),
@@ -81,7 +81,7 @@ def requests(batch):
     """A batch whose samples are at their own steps of two plans, in one step and one by one."""
     torch.manual_seed(0)
     x, *history = (torch.randn(batch, 4, 64, 64, device=DEVICE) for _ in range(4))
-    plans = [PLAN, er_sde_plan([7.0, 5.0, 3.0, 2.0, 1.0, 0.5])]
+    plans = [PLAN, er_sde_plan([7.0, 5.0, 3.0, 2.0, 1.0, 0.5], order=3)]
     stack = stack_plans(plans).to(DEVICE)
     which, steps = torch.arange(batch) % 2, torch.arange(batch) % 5
     index = which.to(DEVICE), steps.to(DEVICE)
@@ -133,7 +133,7 @@ FIXED = ["captured, predictions fixed"] if DEVICE == "cuda" else []
 @pytest.mark.parametrize("shape", [(1, 4, 64, 64), (1, 16, 128, 128)], ids=lambda s: "x".join(map(str, s)))
 def test_loop_of_20_steps(benchmark, shape, dtype, name):
     """A model that costs one operator (on a CPU both are the same loop), and on a GPU the steps alone."""
-    plan = er_sde_plan(torch.linspace(10, 0.5, 21))
+    plan = er_sde_plan(torch.linspace(10, 0.5, 21), order=3)
     model = lambda x, sigma: x * 0.5  # noqa: E731
     x, seeds = torch.randn(shape, dtype=dtype, device=DEVICE), seed_table(1, shape[0]).to(DEVICE)
     graph = SamplingGraph(model, plan, shape, dtype, device=DEVICE)

@@ -11,10 +11,10 @@ SIGMAS = torch.linspace(10, 0.1, STEPS + 1)
 
 
 def loop(x, denoised):
-    return sample_er_sde(lambda x, sigma: denoised, x, SIGMAS, disable=True, seed=0)
+    return sample_er_sde(lambda x, sigma: denoised, x, SIGMAS, disable=True, max_stage=3, seed=0)
 
 
-def bare_steps(x, denoised, plan=er_sde_plan(SIGMAS)):  # noqa: B008
+def bare_steps(x, denoised, plan=er_sde_plan(SIGMAS, order=3)):  # noqa: B008
     history = [denoised] * 3
     for i in range(STEPS):
         x = fast_step(plan, i, x, history, seed=0)

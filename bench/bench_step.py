@@ -18,7 +18,7 @@ SHAPES = [(1, 4, 64, 64), (1, 16, 128, 128), (1, 16, 21, 90, 160), (1, 64 << 20)
 if DEVICE == "cuda":
     SHAPES = [*SHAPES, (1, 4, 128, 128), (8, 4, 128, 128), (256, 3, 64, 64), (1, 512 << 20)]
 PLANS = {n: er_sde_plan([10.0, 8.0, 6.0, 4.0, 2.0, 1.0], order=n) for n in (1, 3)}
-ODE = er_sde_plan([10.0, 8.0, 6.0, 4.0, 2.0, 1.0], noise_scaler="ode")
+ODE = er_sde_plan([10.0, 8.0, 6.0, 4.0, 2.0, 1.0], order=3, noise_scaler="ode")
 STEP = 3
 
 

@@ -24,6 +24,6 @@ if __name__ == "__main__":
     dtype = getattr(torch, sys.argv[1])
     x, *history = (torch.randn(1, 512 << 20, dtype=dtype, device="cuda") for _ in range(4))
     sigmas = [10.0, 8.0, 6.0, 4.0, 2.0]
-    fast_step(er_sde_plan(sigmas, noise_scaler="ode"), 3, x, history)
-    fast_step(er_sde_plan(sigmas), 3, x, history, seed=1)
-    fast_step(er_sde_plan(sigmas), 3, x, history)
+    fast_step(er_sde_plan(sigmas, order=3, noise_scaler="ode"), 3, x, history)
+    fast_step(er_sde_plan(sigmas, order=3), 3, x, history, seed=1)
+    fast_step(er_sde_plan(sigmas, order=3), 3, x, history)

@@ -28,7 +28,7 @@ BATCH = 16
 
 def sampled(world: int, samples: int, out: str | Path, batch_size: int = BATCH, device: str = "cpu") -> float:
     """Seconds of a whole `generate` of the demo's network, behind a batch for each process that is not timed."""
-    net, plan = load_digits_unet().to(device), er_sde_plan(karras_sigmas(10))
+    net, plan = load_digits_unet().to(device), er_sde_plan(karras_sigmas(10), order=3)
     run = lambda seeds, folder: generate(  # noqa: E731
         net, plan, seeds, (1, 28, 28), folder, batch_size, progress=False, device=device,
         extra_args=lambda batch: {"class_labels": class_labels_of(net, batch, device=device)},
@@ -45,7 +45,7 @@ def stepped(world: int, elements: int, repeats: int = 20) -> float:
     from torch.distributed.tensor import DTensor, Shard
 
     shape = (1, 64, elements // 64)
-    plan = er_sde_plan(karras_sigmas(10))
+    plan = er_sde_plan(karras_sigmas(10), order=3)
     if world == 1:
         x, *history = (torch.randn(shape) for _ in range(4))
         step = lambda: fast_step(plan, 5, x, history, seed=7)  # noqa: E731

@@ -24,7 +24,7 @@ from ersde_fast.distributed import fast_step_dtensor, generate, load_samples, po
 from ersde_fast.schedules import karras_sigmas
 
 SHAPE = (1, 16, 21, 90, 160)  # of a video model; 21 frames over two GPUs are 11 and 10
-PLAN = er_sde_plan(karras_sigmas(10))
+PLAN = er_sde_plan(karras_sigmas(10), order=3)
 COMMUNICATES = ("nccl", "gloo", "c10d", "all_reduce", "all_gather", "broadcast")
 
 
