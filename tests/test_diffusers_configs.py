@@ -3,6 +3,7 @@
 A class that diffusers adds tomorrow fails here until it is in one of the tables.
 """
 
+import copy
 import inspect
 import json
 import math
@@ -347,3 +348,36 @@ def test_the_table_of_the_docs_names_every_class():
         names, what = row.strip("| ").split(" | ")
         named[what.startswith("refused")] |= {f"{name}Scheduler" for name in names.split(", ")}
     assert named[False] == LEVELS_OF.keys() and named[True] == REFUSED.keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "EDMDPMSolverMultistepScheduler"],
+)
+def test_what_was_saved_can_be_turned_back(name, tmp_path):
+    """Keys that are None as if they were not given are not saved: another class has numbers there."""
+    theirs = CLASSES[name]
+    ERSDEScheduler.from_config(theirs().config).save_pretrained(tmp_path)
+    kept = ERSDEScheduler.from_pretrained(tmp_path)
+    assert kept.config.solver_order is None
+    back = theirs.from_config(kept.config)
+    back.set_timesteps(5)
+    assert back.config.solver_order == theirs().config.solver_order
+
+
+def test_a_key_that_is_passed_goes_before_what_the_config_says_otherwise():
+    of_config = DPMSolverMultistepScheduler(solver_order=3, lower_order_final=False).config
+    told = ERSDEScheduler.from_config(of_config, guidance_scale=7.5)
+    assert told.config.guidance_scale == 7.5 and told.config.solver_order is None
+    named = ERSDEScheduler.from_config(told.config, solver_order=2)
+    assert named.config.guidance_scale is None and named.config.solver_order == 2
+
+
+@pytest.mark.parametrize("keys", [{"clip_sample": True}, {"thresholding": True}])
+def test_predictions_that_are_clipped_compile_whole(keys):
+    scheduler, x = ERSDEScheduler(seed=1, **keys), torch.randn(2, 3, 4, 4)
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(0)
+    eager = copy.deepcopy(scheduler)
+    step = torch.compile(scheduler.step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(x, scheduler.timesteps[0], x).prev_sample, eager.step(x, eager.timesteps[0], x).prev_sample)

@@ -22,8 +22,8 @@ from ..reference import linear_combination, prediction
 from ..request import ModelOutput, OutputArguments, checked
 from ..sample import with_newest
 from ..step import fast_step
-from .diffusers_arguments import Drawn, for_batch, is_whole, numbers, quantile, without_numpy
-from .diffusers_configs import check_that_they_are_read, known_keys, levels_class, translated
+from .diffusers_arguments import ROUNDINGS, Drawn, clipped, for_batch, is_whole, numbers, place_in, without_numpy
+from .diffusers_configs import CHOSEN, check_that_they_are_read, known_keys, levels_class, saved, translated, without_rivals
 from .diffusers_levels import PREDICTION_TYPES, BetaLevels, EDMLevels, FlowLevels, is_spaced, training_alphas_cumprod
 
 CHOICES = {  # of keys
@@ -34,7 +34,6 @@ CHOICES = {  # of keys
     "time_shift_type": ("exponential", "linear"),
     "sigma_schedule": ("karras", "exponential"),
 }
-ROUNDINGS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that a timestep may have been through
 
 
 @dataclass
@@ -173,8 +172,19 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def _not_default(cls, keys: dict) -> dict:
         """Those of some keys whose values are not what a config that leaves them out has."""
-        defaults = {key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items()}
+        defaults = cls._not_given()
         return {k: v for k, v in keys.items() if k in defaults and (isinstance(v, np.ndarray) or v != defaults[k])}
+
+    def to_json_string(self) -> str:
+        """The config as it is saved: without the keys that are None where nothing is given, which other classes do not take."""
+        return saved(super().to_json_string(), self._not_given())
+
+    @classmethod
+    def _not_given(cls) -> dict:
+        """The keys, and what each is where it is not given."""
+        return {
+            key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items() if key != "self"
+        }
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
@@ -182,7 +192,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             config: of any scheduler of diffusers; its class is `_class_name`, or the one whose keys it holds.
-            kwargs: keys that go before those of the config. `levels_of` names the class whose levels are made.
+            kwargs: keys that go before those of the config; guidance_scale also before all in it that name an order or a method,
+                and one of these before its guidance_scale. `levels_of` names the class whose levels are made.
 
         Raises:
             ValueError: naming the class or the key that this scheduler cannot follow.
@@ -196,9 +207,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
                 f"from_config got {', '.join(sorted(unknown))}: no key of a scheduler; its own are {', '.join(sorted(own_keys))}"
             )
         others = {key: kwargs.pop(key) for key in list(kwargs) if key not in own_keys and key not in unknown}
-        made = super().from_config(
-            translated(config, own_keys, kwargs.get("levels_of"), others), return_unused_kwargs, **kwargs
-        )
+        taken = without_rivals(translated(config, own_keys, kwargs.get("levels_of"), others), kwargs)
+        made = super().from_config(taken, return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
         check_that_they_are_read(cls._not_default(kwargs), scheduler.config)
         return made
@@ -206,8 +216,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
     def _read_config(self):
         """What makes the levels of the config, which is checked, and the attributes of its training schedule."""
         config = self.config
-        choosing = ("solver_order", "method", "node_scale", "integration_points")
-        named = [key for key in choosing if config[key] is not None] + ["lower_order_final"] * bool(config.lower_order_final)
+        named = [key for key in CHOSEN if config[key]]
         if config.guidance_scale is not None and named:
             raise ValueError(
                 f"guidance_scale={config.guidance_scale!r} chooses the order of each step, which {', '.join(named)} names too: "
@@ -318,7 +327,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             levels[-1] = 0.0
         plan = self._plan_of(torch.from_numpy(levels))
         self._set_schedule(levels, given, device)
-        self._plan, self.num_inference_steps = plan, len(given)
+        self._take_plan(plan)
+        self.num_inference_steps = len(given)
 
     def _set_schedule(self, levels: np.ndarray, timesteps: np.ndarray, device) -> None:
         """Takes levels [num_steps + 1] and timesteps [num_steps], and forgets the run before."""
@@ -349,6 +359,13 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             guidance=config.guidance_scale,
         )  # fmt: skip
 
+    def _take_plan(self, plan: Plan) -> None:
+        """The plan of a run, and as numbers, which compiled code can hold, the factors of predictions that are clipped."""
+        self._plan = plan
+        made_by = self._levels_of.output(self._numbers, 0)
+        if isinstance(made_by, str) and (self.config.thresholding or self.config.clip_sample):
+            self._factors = [row.prediction for row in plan.predicting(made_by).rows]
+
     def _alphas_sigmas(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         return self._levels_of.alphas_sigmas(levels)
 
@@ -361,7 +378,9 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         written, shown = self.sigmas.to("cpu", torch.float64), self._shown(self._levels)
         if (written != shown.to(self.sigmas.dtype).double()).any():
             levels = 1 - written if self.config.invert_sigmas else written
-            self._plan, self._levels, self._numbers = self._plan_of(levels), levels, levels.tolist()
+            plan = self._plan_of(levels)
+            self._levels, self._numbers = levels, levels.tolist()
+            self._take_plan(plan)
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """Where a timestep stands in the schedule: the second place of one that stands twice.
@@ -372,19 +391,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: for one that is not in the schedule.
         """
-        schedule = self._times if schedule_timesteps is None else schedule_timesteps.cpu()
-        value = float(timestep)
-        places = (schedule == value).nonzero()[:, 0]
-        if len(places):
-            return places[min(1, len(places) - 1)].item()
-        rounded = torch.stack([schedule.to(dtype).double() == value for dtype in ROUNDINGS]).any(0)
-        if is_whole(timestep) or not rounded.any():
-            raise ValueError(
-                f"timestep {value:g} is not in the schedule of {len(schedule)} steps from {schedule[0].item():g} to "
-                f"{schedule[-1].item():g}: pass one of scheduler.timesteps, not the index of a loop or a timestep of another run"
-            )
-        distance = (schedule.double() - value).abs()
-        return torch.where(rounded, distance, torch.inf).argmin().item()
+        return place_in(self._times if schedule_timesteps is None else schedule_timesteps.cpu(), timestep)
 
     def _place_of(self, timestep: float | Tensor) -> int | None:
         """Where a timestep stands in the schedule, where that costs nothing: a view into `timesteps`, as a loop over them gives, says
@@ -499,7 +506,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         elif per_token_timesteps is not None:
             model_output = self._denoised_tokens(sample, model_output, per_token_timesteps)
         else:
-            model_output, kind = self._denoised(plan, i, index, sample, model_output)
+            model_output, kind = self._denoised(index, sample, model_output)
         history = [model_output, *history]
         source = self._source(plan, i, index, sample, history, kind, generator, variance_noise)
         x, denoised = fast_step(plan, i, sample, history, prediction_type=kind, **source)
@@ -534,7 +541,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         checked(plan, i, sample, history, output=OutputArguments(kind))  # before anything is drawn
         return {"noise": randn_tensor(sample.shape, generator=list(generators), device=sample.device, dtype=sample.dtype)}
 
-    def _denoised(self, plan: Plan, i: int, index: int, sample: Tensor, model_output: Tensor) -> tuple[Tensor, str]:
+    def _denoised(self, index: int, sample: Tensor, model_output: Tensor) -> tuple[Tensor, str]:
         """What fast_step is given: the model's output and its type, or the prediction where only PyTorch's operators make it."""
         config, made_by = self.config, self._levels_of.output(self._numbers, index)
         fused = isinstance(made_by, str)
@@ -542,16 +549,10 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             return model_output, made_by
         exact = torch.promote_types(sample.dtype, torch.float32)
         if fused:
-            denoised = prediction(plan.predicting(made_by).rows[i].prediction, sample, model_output, ModelOutput(), exact)
+            denoised = prediction(self._factors[index], sample, model_output, ModelOutput(), exact)
         else:
             denoised = linear_combination(list(zip(made_by, (sample, model_output), strict=True)), sample, exact)
-        if config.thresholding:
-            size = quantile(denoised.flatten(1).abs(), config.dynamic_thresholding_ratio)
-            size = size.clamp(1, config.sample_max_value).view(-1, *[1] * (denoised.dim() - 1))
-            denoised = denoised.clamp(-size, size) / size
-        elif config.clip_sample:
-            denoised = denoised.clamp(-config.clip_sample_range, config.clip_sample_range)
-        return denoised.to(sample.dtype), "sample"
+        return clipped(denoised, config).to(sample.dtype), "sample"
 
     def _denoised_tokens(self, sample: Tensor, model_output: Tensor, per_token_timesteps: Tensor) -> Tensor:
         """The prediction where every token has a level of its own: `sample + sigma output` of the negative velocity."""

@@ -1,6 +1,7 @@
 """What ERSDEScheduler makes of the config of another scheduler of diffusers: its levels and its treatment of outputs, or an error."""
 
 import inspect
+import json
 
 import diffusers
 from diffusers.configuration_utils import FrozenDict
@@ -80,6 +81,7 @@ REFUSED = {
 
 # Keys that the others do not have.
 OWN = ("noise_scaler", "method", "node_scale", "integration_points", "s_noise", "eta", "guidance_scale", "seed")
+CHOSEN = ("solver_order", "method", "node_scale", "integration_points", "lower_order_final")  # by guidance_scale, or named
 OF_SOLVERS = ("solver_order", "lower_order_final", "s_noise", "eta")  # read where they are not their class's default
 WRITTEN_LATER = ("sigma_min", "sigma_max", "sigma_data", "final_sigmas_type")  # by Cosmos Predict2's pipeline, into any config
 ANOTHER_NAME = {"noise_sampler_seed": "seed"}
@@ -132,6 +134,21 @@ def translated(config: dict, own_keys: set[str], levels_of: str | None, others: 
         taken["prediction_type"] = "flow_prediction"
     unread = {k: v for k, v in config.items() if k not in own_keys and k != "_use_default_values"}
     return unread | {k: v for k, v in taken.items() if k in own_keys} | {"_class_name": name, "levels_of": name}
+
+
+def without_rivals(config: dict, keys: dict) -> dict:
+    """A config less what says otherwise than keys that go before it: guidance_scale chooses what others name."""
+    if keys.get("guidance_scale") is not None:
+        return {key: value for key, value in config.items() if key not in CHOSEN}
+    named = any(keys.get(key) for key in CHOSEN)
+    return {key: value for key, value in config.items() if not (named and key == "guidance_scale")}
+
+
+def saved(text: str, not_given: dict) -> str:
+    """A config's JSON less the keys that are None as if they were not given, for which other classes have numbers."""
+    config = json.loads(text)
+    left_out = {key for key, value in not_given.items() if value is None and config.get(key) is None}
+    return json.dumps({k: v for k, v in config.items() if k not in left_out}, indent=2, sort_keys=True) + "\n"
 
 
 def check_that_they_are_read(keys: dict, config) -> None:
