@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ def karras_sigmas(
         num_steps: at least 1.
         round_sigma: the network's own, for networks that know only some levels; None keeps them.
     """
+    _check_ends(sigma_min, sigma_max)
+    if not (isinstance(rho, Real) and 0 < rho < math.inf):
+        raise ValueError(f"rho must be a finite number above 0, got {rho!r}")
     roots = _even(num_steps, sigma_max ** (1 / rho), sigma_min ** (1 / rho))
     sigmas = roots**rho
     rounded = sigmas if round_sigma is None else torch.as_tensor(round_sigma(sigmas), dtype=torch.float64, device=CPU)
@@ -40,6 +44,7 @@ def exponential_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: floa
     Args:
         num_steps: at least 1.
     """
+    _check_ends(sigma_min, sigma_max)
     sigmas = torch.exp(_even(num_steps, math.log(sigma_max), math.log(sigma_min)))
     return _and_zero(sigmas.clamp(sigma_min, sigma_max))  # which rounding may leave
 
@@ -54,7 +59,7 @@ def uniform_log_snr_sigmas(
         sigma_min, sigma_max: the process's own sigmas, so below 1 for "vp" and "flow".
         process: see `er_sde_plan`; of "ve", where alpha is 1, they are `exponential_sigmas`.
     """
-    if process not in FROM_ER_LAMBDA:
+    if not isinstance(process, str) or process not in FROM_ER_LAMBDA:
         raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}')
     plan = er_sde_plan([sigma_max, sigma_min], process=process)
     smallest, largest = plan.er_lambdas[1].item(), plan.er_lambdas[0].item()
@@ -79,15 +84,27 @@ def flow_sigmas(num_steps: int, shift: float = 1.0) -> Tensor:
         num_steps: at least 1.
         shift: above 0; 1 leaves them even, larger ones spend more steps at high noise, as larger images want.
     """
-    if not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
+    if not (isinstance(shift, Real) and 0 < shift < math.inf):
         raise ValueError(f"shift must be a finite number above 0, got {shift!r}")
-    levels = _and_zero(_even(num_steps, 1.0, 1 / max(num_steps, 1)))
+    _check_count(num_steps)
+    levels = _and_zero(_even(num_steps, 1.0, 1 / num_steps))
     return shift * levels / (1 + (shift - 1) * levels)
 
 
+def _check_ends(sigma_min: float, sigma_max: float) -> None:
+    if not (isinstance(sigma_min, Real) and isinstance(sigma_max, Real) and 0 < sigma_min <= sigma_max < math.inf):
+        raise ValueError(
+            f"sigma_min and sigma_max must be finite, above 0 and in this order, got {sigma_min!r} and {sigma_max!r}"
+        )
+
+
+def _check_count(num_steps: int) -> None:
+    if not isinstance(num_steps, Integral) or isinstance(num_steps, bool) or num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps!r}")
+
+
 def _even(num_steps: int, first: float, last: float) -> Tensor:
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    _check_count(num_steps)
     return first + torch.linspace(0, 1, num_steps, dtype=torch.float64, device=CPU) * (last - first)
 
 

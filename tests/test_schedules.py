@@ -1,5 +1,7 @@
 """Levels by rule, and levels placed by the local error: their ends, what they gain where the error is known, what is refused."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -135,3 +137,23 @@ def test_bad_levels_by_rule():
         uniform_log_snr_sigmas(4, process="edm")
     with pytest.raises(ValueError, match="sigma_min and sigma_max must be above 0, and below 1"):
         uniform_log_snr_sigmas(4, 0.1, 1.0, process="flow")
+
+
+@pytest.mark.parametrize("rule", [karras_sigmas, exponential_sigmas])
+@pytest.mark.parametrize("ends", [(80.0, 0.002), (0.0, 80.0), (-1.0, 80.0), (0.002, math.inf), (math.nan, 80.0), ("1", 80.0)])
+def test_ends_in_another_order_or_out_of_range(rule, ends):
+    with pytest.raises(ValueError, match="sigma_min and sigma_max must be finite, above 0 and in this order"):
+        rule(5, *ends)
+
+
+@pytest.mark.parametrize("num_steps", [5.5, True, "5"])
+@pytest.mark.parametrize("rule", [karras_sigmas, exponential_sigmas, uniform_log_snr_sigmas, flow_sigmas])
+def test_a_count_is_a_whole_number(rule, num_steps):
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
+        rule(num_steps)
+
+
+@pytest.mark.parametrize("rho", [0, -1.0, math.nan, math.inf, "7"])
+def test_rho_is_a_number_above_0(rho):
+    with pytest.raises(ValueError, match="rho must be a finite number above 0"):
+        karras_sigmas(5, rho=rho)
