@@ -17,6 +17,7 @@ from .predictions import PREDICTION_TYPES
 from .request import OutputArguments, StepRequest, model_output
 from .sample import levels_of, with_newest
 from .step import fast_step, step_of
+from .table import P_X
 
 
 class _Captured:
@@ -96,12 +97,15 @@ class _Captured:
             raise ValueError(f"plan must have {self.plan.num_steps} steps of order {self.plan.order}, as captured, got {what}")
         if plan.draws and not self.plan.draws:
             raise ValueError("plan must not add noise: the plan that was captured adds none")
-        if self.prediction_type == "epsilon" and has_values(plan.alphas) and (plan.alphas[:-1] == 0).any():
-            raise ValueError('plan must not start at alpha 0: prediction_type "epsilon" says nothing of the clean sample there')
+        predicting = plan.predicting(self.prediction_type)
+        if has_values(predicting.table) and not predicting.table[:, P_X].isfinite().all():
+            raise ValueError(
+                f'plan must not start at alpha 0: prediction_type "{self.prediction_type}" says nothing of the clean sample there'
+            )
         if seed is None:
             seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
         seeds = seed_table(seed, len(self.seeds))
-        plan = plan.predicting(self.prediction_type).to(self.x.device)
+        plan = predicting.to(self.x.device)
         if plan is not self.plan_in_memory:
             self.levels.copy_(plan.sigmas[:, None])
             if self.x.is_cuda:

@@ -5,8 +5,8 @@ one function, the growth of log(phi(l) / l) over a log-distance, in a form witho
 psi(l) = l^(1 - eta) phi(l)^eta, and log(psi(l) / l) grows by eta times as much: 0 is the ODE of every scaler.
 """
 
-import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -48,6 +48,9 @@ class NoiseScaler:
 AnyNoiseScaler = str | NoiseScaler | Callable[[Tensor], Tensor]  # a name, a scaler, or phi itself
 
 
+MOST = sys.float_info.max
+
+
 def reverse_time_sde(eta: float) -> NoiseScaler:
     """phi(l) = l^(eta + 1): 0 is the probability-flow ODE, 1 the usual reverse-time SDE.
 
@@ -60,7 +63,8 @@ def reverse_time_sde(eta: float) -> NoiseScaler:
 
 def nonnegative(name: str, value) -> float:
     """The value of a strength, checked."""
-    if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (is_number and 0 <= value <= MOST):
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
     return float(value)
 

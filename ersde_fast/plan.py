@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -205,7 +206,7 @@ def er_sde_plan(
         raise ValueError(f'method must be None, "newton" or "taylor", got {method!r}')
     if node_scale is None:
         node_scale = NODE_SCALE if by_default else math.inf
-    if not (isinstance(node_scale, (int, float)) and node_scale > 0):
+    if isinstance(node_scale, bool) or not (isinstance(node_scale, Real) and node_scale > 0):
         raise ValueError(f"node_scale must be a positive number or inf, got {node_scale!r}")
     if node_scale != math.inf and method == "taylor":
         raise ValueError(f'node_scale needs method="newton", got node_scale={node_scale!r} with method="taylor"')

@@ -13,8 +13,20 @@ from .backends.reference import REFERENCE
 from .log_prob import check_log_prob, log_prob
 from .noise import Seed, TorchStream, seeds_of
 from .plan import Plan, PlanStack
+from .predictions import PREDICTION_TYPES
 from .reference import row_of_request, written_to
-from .request import Guidance, NoiseArguments, OutputArguments, StepIndex, StepRequest, checked, model_output, noise_of, pair_of
+from .request import (
+    Guidance,
+    NoiseArguments,
+    OutputArguments,
+    StepIndex,
+    StepRequest,
+    check_one_source,
+    checked,
+    model_output,
+    noise_of,
+    pair_of,
+)
 
 
 def fast_step(
@@ -78,6 +90,7 @@ def fast_step(
     if is_dynamo_compiling():
         if out is not None or backend is not None or torch_layout is not None:
             raise ValueError("out, backend and torch_layout cannot be traced: leave them out in compiled code")
+        check_one_source(noise=noise, generator=generator, seed=seed)
         given = NoiseArguments(noise, generator, seed, global_shape, global_start)
         output = model_output(OutputArguments(prediction_type, guidance))
         request = StepRequest(
@@ -130,7 +143,7 @@ def _output_if_plain(plan, prediction_type, guidance) -> tuple | None:
     """The table with the factors of the type, the unconditional output and the scale; without complaint None where something is
     wrong. A tuple, since to make a ModelOutput would be a tenth of a small step."""
     try:
-        table = plan.tables.get(prediction_type)
+        table = plan.tables.get(PREDICTION_TYPES.get(prediction_type))
         if table is None:
             table = None if prediction_type is None else plan.predicting(prediction_type).table
         unconditional, scale = (None, None) if guidance is None else pair_of(guidance)

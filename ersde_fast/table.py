@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .predictions import PREDICTION_TYPES
+from .predictions import PREDICTION_TYPES, Factors
 
 # What every row holds, and then w_d[0] ... w_d[order - 1].
 COUNTER, P_X, P_M, W_NOISE, W_X, W_D = range(6)
@@ -86,18 +86,25 @@ class Table:
             return self
         if torch.compiler.is_dynamo_compiling():
             return Table(self._with_factors(prediction_type), self.draws, prediction_type=prediction_type)
-        made = self._predicting.get(prediction_type)
+        factors = PREDICTION_TYPES[prediction_type]  # what is kept is of the function, whose name may get another
+        made = self._predicting.get(factors)
         if made is None:
             # No tracer or transform may come between the plan and its factors, which later steps have too.
             with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
                 made = replace(self, table=self._with_factors(prediction_type), prediction_type=prediction_type)
             if not (self.table.is_cuda and torch.cuda.is_current_stream_capturing()):  # memory of the graph's own
-                self._predicting[prediction_type], self.tables[prediction_type] = made, made.table
+                self._predicting[factors], self.tables[factors] = made, made.table
         return made
 
     def _with_factors(self, prediction_type: str) -> Tensor:
-        factors = torch.stack(PREDICTION_TYPES[prediction_type](*self.levels()), dim=-1)
-        return torch.cat([self.table[..., :P_X], factors, self.table[..., W_NOISE:]], dim=-1)
+        alpha, sigma = self.levels()
+        p_x, p_m = PREDICTION_TYPES[prediction_type](alpha, sigma)
+        if not all(isinstance(p, Tensor) and p.shape == alpha.shape for p in (p_x, p_m)):
+            raise TypeError(
+                f'prediction type "{prediction_type}" must be a function to two tensors of the shape of alpha, {tuple(alpha.shape)}, '
+                f"got {p_x!r} and {p_m!r}"
+            )
+        return torch.cat([self.table[..., :P_X], torch.stack([p_x, p_m], dim=-1), self.table[..., W_NOISE:]], dim=-1)
 
     def to(self, device: torch.device | str):
         """The same with its tensors on a device, for steps whose index lies there; made once for each device."""
@@ -105,16 +112,28 @@ class Table:
         if device == self.table.device:
             return self
         if device not in self._copies:
-            with torch.inference_mode(False):
+            # No tracer or transform may come between the plan and its copy, which later steps have too.
+            with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
                 values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
                 moved: dict[str, Any] = {k: value.to(device) for k, value in values.items() if isinstance(value, Tensor)}
             self._copies[device] = replace(self, **moved)
         return self._copies[device]
 
+    def __getstate__(self) -> dict:
+        """What is pickled: not what is kept for the next call."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __setstate__(self, state: dict) -> None:
+        if state.keys() != {f.name for f in fields(self)}:
+            raise ValueError(
+                "the plan was pickled by another version of ersde-fast, whose tables mean something else: build it anew"
+            )
+        self.__dict__.update(state)
+
     @cached_property
-    def tables(self) -> dict[str, Tensor]:
+    def tables(self) -> dict[Factors, Tensor]:
         """The tables of the types that are in use."""
-        return {self.prediction_type: self.table}
+        return {PREDICTION_TYPES[self.prediction_type]: self.table} if self.prediction_type in PREDICTION_TYPES else {}
 
     @cached_property
     def _copies(self) -> dict:

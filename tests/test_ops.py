@@ -371,3 +371,31 @@ def test_one_operator_touches_the_full_tensor():
         step()
     names = [event.name for event in profile.events() if not event.name.startswith("aten::empty")]
     assert names == ["ersde_fast::step"]
+
+
+def test_two_sources_are_refused_in_compiled_code_too():
+    x, *history = torch.randn(4, 2, 5)
+    with pytest.raises(Exception, match="noise and seed were given: name one source of noise"):
+        torch.compile(lambda y: fast_step(PLAN, 3, y, history, noise=x, seed=1), backend="eager")(x)
+
+
+def test_the_documented_loop_compiles_once_for_all_steps():
+    """docs/composition.md."""
+    compiled = []
+
+    def count(module, inputs):
+        compiled.append(module)
+        return module.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def step(i, x, a, b, seeds):
+        return fast_step(PLAN, i, x, [torch.tanh(x) * PLAN.sigmas[i[None]].float(), a, b], seed=seeds, prediction_type="v")
+
+    x, seeds = torch.randn(2, 5), torch.tensor([[1, 0], [1, 1]])
+    a, b = torch.zeros_like(x), torch.zeros_like(x)
+    for i in range(PLAN.num_steps - 1):
+        expected = fast_step(PLAN, i, x, [torch.tanh(x) * PLAN.sigmas[i].float(), a, b], seed=seeds, prediction_type="v")
+        x, denoised = step(torch.tensor(i), x, a, b, seeds)
+        torch.testing.assert_close((x, denoised), expected)
+        a, b = denoised, a
+    assert len(compiled) == 1

@@ -595,3 +595,20 @@ def test_a_stack_of_what_is_no_plan(plans):
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         er_sde_plan(**{"sigmas": [3, 2, 1], **arguments})
+
+
+def test_a_plan_pickled_by_another_version_is_refused():
+    plan = er_sde_plan([3.0, 2.0, 1.0])
+    size = len(pickle.dumps(plan))
+    plan.predicting("v"), plan.to("meta"), plan.rows
+    assert len(pickle.dumps(plan)) == size
+    state = {name: value for name, value in plan.__getstate__().items() if name != "guidance"}
+    with pytest.raises(ValueError, match="pickled by another version"):
+        plan.__class__.__new__(plan.__class__).__setstate__(state)
+
+
+@pytest.mark.parametrize("name", ["guidance", "eta", "s_noise"])
+@pytest.mark.parametrize("value", [True, 10**400, -1, math.nan])
+def test_strengths_are_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0"):
+        er_sde_plan([3.0, 2.0, 1.0], **{name: value})

@@ -91,3 +91,28 @@ def test_a_toy_scaler_is_a_function():
     named = er_sde_plan([3, 2, 1], noise_scaler="sde_2")
     torch.testing.assert_close(plan.weights, named.weights, rtol=1e-12, atol=1e-12)
     assert math.isclose(plan.rows[0].w_noise, named.rows[0].w_noise, rel_tol=1e-12)
+
+
+def test_a_name_that_gets_another_function_is_that_from_then_on(score):
+    plan = er_sde_plan(PLAN.sigmas, process="flow", method="newton")
+    before = fast_step(plan, 2, X, [OUTPUT, *OLDER], seed=5, prediction_type=score)
+    PREDICTION_TYPES[score] = lambda alpha, sigma: (1 / alpha, -sigma / alpha)
+    after = fast_step(plan, 2, X, [OUTPUT, *OLDER], seed=5, prediction_type=score)
+    expected = fast_step(plan, 2, X, [OUTPUT, *OLDER], seed=5, prediction_type="epsilon")
+    assert all(map(torch.equal, after, expected)) and not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("wrong", [lambda alpha, sigma: (1.0, -sigma), lambda alpha, sigma: (alpha[:1], sigma[:1])])
+def test_a_function_to_anything_else_is_named(score, wrong):
+    PREDICTION_TYPES[score] = wrong
+    with pytest.raises(TypeError, match='prediction type "score" must be a function to two tensors of the shape of alpha'):
+        fast_step(PLAN, 2, X, [OUTPUT, *OLDER], seed=5, prediction_type=score)
+
+
+@pytest.mark.parametrize("graph", [SamplingGraph, StepGraph])
+def test_a_graph_refuses_a_start_of_which_the_type_says_nothing(score, graph):
+    with pytest.raises(ValueError, match='"score" says nothing of the clean sample'):
+        made = graph(
+            lambda x, sigma: x, er_sde_plan([1.0, 0.7, 0.5, 0], process="flow"), (2, 3), device="cpu", prediction_type=score
+        )
+        made.start(X[:, 0, :3]) if graph is StepGraph else made(X[:, 0, :3])
