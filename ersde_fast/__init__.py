@@ -1,5 +1,6 @@
 """ersde-fast: the ER-SDE sampler's step (arXiv 2309.06169) as one fused kernel, with exact weights."""
 
+import importlib
 from pathlib import Path
 
 # In a checkout kernels/ lies beside this folder. It has no __init__.py, or transformers would take it for Hugging Face's package
@@ -15,6 +16,14 @@ from .plan import Plan, PlanStack, er_sde_plan, stack_plans
 from .sample import sample_er_sde
 from .schedules import place_sigmas
 from .step import fast_step, reference_step
+
+
+def __getattr__(name: str):
+    """The parts that are imported when they are first used."""
+    if name in ("distributed", "graph"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Plan",

@@ -26,7 +26,9 @@ def portable_noise(
         step: `plan.first_step + i`, mod 2^32; -1 for the initial latents.
         device, dtype: of the result; drawn in float32 whatever the dtype.
     """
-    shape = tuple(shape)
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise TypeError(f"step must be a whole number, got {step!r}")
+    shape, step = tuple(shape), step % 2**32
     seeds = seed_table(seed, shape[0] if shape else 1)
     device = torch.device(device)
     drawn = (backend.noise(shape, seeds, step, device) for backend in BACKENDS)

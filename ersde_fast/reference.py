@@ -52,7 +52,7 @@ def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Te
         if isinstance(w, Tensor):
             w = w.to(exact)
             total = total + torch.where(w != 0, w * term.to(exact), 0)
-        elif exact == torch.float64 or abs(w) > UNDERFLOW:
+        elif exact == torch.float64 or not abs(w) <= UNDERFLOW:
             total = total + w * term.to(exact)
     return total if dtype else total.to(x.dtype)
 

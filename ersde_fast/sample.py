@@ -60,6 +60,10 @@ def sample_er_sde(
         The sample, [batch, ...].
     """
     check_one_source(noise_sampler=noise_sampler, generator=generator, seed=seed)
+    if guidance is not None and max_stage is not None:
+        raise ValueError(
+            f"guidance chooses the order, so it cannot be told with max_stage={max_stage!r}: leave out one or the other"
+        )
     plan = er_sde_plan(
         on_host(sigmas),  # the loop asks the plan which steps draw noise
         process=process,

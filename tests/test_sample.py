@@ -136,3 +136,8 @@ def test_initial_latents_of_the_portable_stream():
     """Step -1 is the start: a run is then a function of the seed alone, sample by sample."""
     x = 10 * portable_noise((3, 4), [4, 5, 6], step=-1)
     assert torch.equal(x[1], 10 * portable_noise((1, 4), 5, step=-1)[0])
+
+
+def test_guidance_beside_an_order_names_the_argument_that_was_given():
+    with pytest.raises(ValueError, match="guidance chooses the order, so it cannot be told with max_stage=2"):
+        sample_er_sde(None, torch.ones(1, 2), torch.tensor([2.0, 1.0]), max_stage=2, guidance=5.0)

@@ -576,3 +576,14 @@ def test_a_tensor_is_no_pair_of_guidance(batch):
     x = torch.zeros(batch, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"guidance must be a pair"):
         fast_step(ODE, 0, x, [x], prediction_type="v", guidance=torch.zeros(2, batch, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("index", [torch.tensor([[0, 2], [1, 3]]).unbind(1), (torch.tensor(0).expand(2), torch.tensor([2, 3]))])
+def test_indices_and_scales_may_lie_anyhow(index):
+    plans, (x, output, other, *older) = ersde_fast.stack_plans([PLANS[3], PLANS[3]]), torch.randn(5, 2, 7)
+    scale = torch.tensor(5.0, dtype=torch.float64).expand(2)
+    options = dict(seed=[1, 2], prediction_type="sample")
+    result = fast_step(plans, index, x, [output, *older], guidance=(other, scale), **options)
+    index, scale = tuple(i.contiguous() for i in index), scale.contiguous()
+    expected = fast_step(plans, index, x, [output, *older], guidance=(other, scale), **options)
+    assert all(map(torch.equal, result, expected))

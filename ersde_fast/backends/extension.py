@@ -111,11 +111,17 @@ def call(request, noise):
         source = {"generator": noise.generator, "torch_layout": list(noise.layout or ())}
     output = {}
     if request.output is not None:
-        output = {"predicts": True, "unconditional": request.output.unconditional, "scale": request.output.scale}
+        output = {"predicts": True, "unconditional": request.output.unconditional, "scale": _whole(request.output.scale)}
+    i = tuple(map(_whole, request.i)) if isinstance(request.i, tuple) else request.i
     return _C.step(
-        table_for(request.plan, request.i, request.x), request.i, request.x, request.history, draws=request.draws,
+        table_for(request.plan, request.i, request.x), i, request.x, request.history, draws=request.draws,
         out=request.out, ring=request.ring, trusted=True, **source, **output,
     )  # fmt: skip
+
+
+def _whole(value):
+    """An index or a scale as the kernel reads it, one number after another."""
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def torch_noise(out: Tensor, seed: int, offset: int, layout: tuple[int, int]) -> int:

@@ -5,6 +5,7 @@ ComfyUI loads it from a folder in custom_nodes that holds `from ersde_fast.integ
 """
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -85,8 +86,8 @@ def sample_er_sde_fast(
 def guidance_of(guider) -> float | None:
     """The largest scale of a guider's guidance. None where it has none: the network may have guidance distilled into it."""
     scales = (getattr(guider, name, None) for name in ("cfg", "cfg1", "cfg2"))
-    largest = max((float(scale) for scale in scales if isinstance(scale, (int, float))), default=1.0)
-    return largest if largest > 1 and math.isfinite(largest) else None
+    numbers = [float(scale) for scale in scales if isinstance(scale, (Real, Tensor))]
+    return max((scale for scale in numbers if 1 < scale < math.inf), default=None)
 
 
 def image_numbers(noise: Tensor | None, seed: int, batch: int) -> list[int]:

@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--eta", type=float, default=1.0, help="strength of the noise scaler (default 1)")
     parser.add_argument("--method", choices=["newton", "taylor"])
     parser.add_argument("--node_scale", type=float)
+    parser.add_argument("--guidance", type=float, help="at which the network guides itself; default: none")
     args = parser.parse_args(arguments)
 
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batches = generate(
         net, args.seeds[rank::processes], args.batch, args.class_index, args.device, progress=rank == 0, num_steps=args.steps,
         sigma_min=args.sigma_min, sigma_max=args.sigma_max, rho=args.rho, max_stage=args.order, noise_scaler=args.noise_scaler,
-        method=args.method, node_scale=args.node_scale, eta=args.eta,
+        method=args.method, node_scale=args.node_scale, eta=args.eta, guidance=args.guidance,
     )  # fmt: skip
     for seeds, images in batches:
         save_images(images, seeds, args.outdir, args.subdirs)
