@@ -44,24 +44,40 @@ def augment(images):
     return F.grid_sample(images + 1, grid, mode="bicubic", align_corners=False).clamp(0, 2) - 1
 
 
-def training_levels(n, device):
+def training_levels(n, device, generator=None):
     """Half of them lognormal as EDM's, half even in log sigma from 1 to 100.
 
     Of the first alone one in a thousand would lie above 20, and a run starts at 80: what the network gets wrong there,
     samplers that reach far forward multiply.
     """
-    lognormal = torch.exp(torch.randn(n // 2, device=device) * 1.3 - 1.0)
-    even = torch.exp(torch.rand(n - n // 2, device=device) * math.log(100.0))
+    lognormal = torch.exp(torch.randn(n // 2, device=device, generator=generator) * 1.3 - 1.0)
+    even = torch.exp(torch.rand(n - n // 2, device=device, generator=generator) * math.log(100.0))
     return torch.cat([lognormal, even])
 
 
-def edm_loss(net, images, labels):
+def edm_loss(net, images, labels, sigma, noise):
+    """EDM's loss (Karras et al. 2022, table 1) at levels [n]."""
+    sigma = sigma[:, None, None, None]
+    weight = (sigma**2 + net.sigma_data**2) / (sigma * net.sigma_data) ** 2
+    return (weight * (net(images + sigma * noise, sigma, labels) - images) ** 2).mean()
+
+
+def descend(loss, optimizer, parameters, averages, learning_rate, step):
+    """One step of the optimizer on a loss, its gradients clipped, and of the moving averages behind the parameters."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    torch._foreach_lerp_(averages, parameters, 1 - min(0.9995, step / (step + 10)))
+
+
+def loss_of_digits(net, images, labels):
     """EDM's loss (Karras et al. 2022, table 1), with the class dropped for one image in ten."""
     sigma = training_levels(len(images), images.device)
     labels = labels * (torch.rand(len(labels), 1, device=labels.device) > 0.1)
-    noisy = images + sigma[:, None, None, None] * torch.randn_like(images)
-    weight = (sigma**2 + net.sigma_data**2) / (sigma * net.sigma_data) ** 2
-    return (weight[:, None, None, None] * (net(noisy, sigma, labels) - images) ** 2).mean()
+    return edm_loss(net, images, labels, sigma, torch.randn_like(images))
 
 
 def train(minutes, batch_size, learning_rate, device):
@@ -71,20 +87,15 @@ def train(minutes, batch_size, learning_rate, device):
     net = DigitsUNet().to(device)
     average = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, fused=device == "cuda")
-    loss_of = torch.compile(edm_loss) if device == "cuda" else edm_loss
+    loss_of = torch.compile(loss_of_digits) if device == "cuda" else loss_of_digits
     parameters, averages = list(net.parameters()), list(average.parameters())
     start, step, losses = time.monotonic(), 0, []
     while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
         index = torch.randint(len(images), (batch_size,), device=device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = loss_of(net, augment(images[index]), labels[index])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, step / 500) * min(1.0, 4 * (1 - progress))
-        optimizer.step()
-        torch._foreach_lerp_(averages, parameters, 1 - min(0.9995, step / (step + 10)))
+        rate = learning_rate * min(1.0, step / 500) * min(1.0, 4 * (1 - progress))
+        descend(loss, optimizer, parameters, averages, rate, step)
         losses.append(loss.detach())
         step += 1
         if step % 1000 == 0:

@@ -9,7 +9,6 @@ python bench/quality/train.py fashion fashion_flow --seconds 235
 import argparse
 import copy
 import itertools
-import math
 from pathlib import Path
 from time import monotonic
 
@@ -18,30 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pictures import pictures
+from train_digits import descend, edm_loss, training_levels
 from trained import NETWORKS, WEIGHTS, build, dequantise, guided, quantise, save
 from unet import FlowUNet, UNet
 
 DRAWS = 10_000
 
 
-def edm_levels(n: int, device: str, generator=None) -> Tensor:
-    """[n]: half of them lognormal as EDM's, half even in log sigma from 1 to 100, since runs start at 80."""
-    lognormal = torch.exp(torch.randn(n // 2, device=device, generator=generator) * 1.3 - 1.0)
-    even = torch.exp(torch.rand(n - n // 2, device=device, generator=generator) * math.log(100.0))
-    return torch.cat([lognormal, even])
-
-
 def flow_levels(n: int, device: str, generator=None) -> Tensor:
     """[n]: half of them logit-normal, half even from 0 to 1, so that both ends are learnt."""
     normal = torch.sigmoid(torch.randn(n // 2, device=device, generator=generator))
     return torch.cat([normal, torch.rand(n - n // 2, device=device, generator=generator)])
-
-
-def edm_loss(net: UNet, images: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """EDM's loss (Karras et al. 2022, table 1)."""
-    sigma = sigma[:, None, None, None]
-    weight = (sigma**2 + net.sigma_data**2) / (sigma * net.sigma_data) ** 2
-    return (weight * (net(images + sigma * noise, sigma, labels) - images) ** 2).mean()
 
 
 def flow_loss(net: FlowUNet, images: Tensor, labels: Tensor, s: Tensor, noise: Tensor) -> Tensor:
@@ -52,7 +38,7 @@ def flow_loss(net: FlowUNet, images: Tensor, labels: Tensor, s: Tensor, noise: T
 
 def training_of(net: UNet):
     """Its loss and its levels."""
-    return (flow_loss, flow_levels) if isinstance(net, FlowUNet) else (edm_loss, edm_levels)
+    return (flow_loss, flow_levels) if isinstance(net, FlowUNet) else (edm_loss, training_levels)
 
 
 def scaled(images: Tensor) -> Tensor:
@@ -150,13 +136,8 @@ def train(name: str, seconds: float, batch: int, learning_rate: float, device: s
             loss = loss_of(
                 net, clean.contiguous(memory_format=torch.channels_last), given, levels(batch, device), torch.randn_like(clean)
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / 500) * min(1.0, 2 * (1 - elapsed / seconds))
-        optimizer.step()
-        torch._foreach_lerp_(averages, parameters, 1 - min(0.9995, step / (step + 10)))
+        rate = learning_rate * min(1.0, (step + 1) / 500) * min(1.0, 2 * (1 - elapsed / seconds))
+        descend(loss, optimizer, parameters, averages, rate, step)
         losses.append(loss.detach())
         step += 1
         if step % 500 == 0:
