@@ -1,6 +1,7 @@
 """The table of a plan: what a row of it holds and where, and a row as Python numbers. csrc/er_sde_step.h has the same columns."""
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,6 +14,13 @@ from .predictions import PREDICTION_TYPES, Factors
 
 # What every row holds, and then w_d[0] ... w_d[order - 1].
 COUNTER, P_X, P_M, W_NOISE, W_X, W_D = range(6)
+
+
+@contextmanager
+def _as_without_tracers():
+    """What a plan keeps, later steps have too: no tracer, transform or inference mode may come between."""
+    with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+        yield
 
 
 class Row(NamedTuple):
@@ -89,8 +97,7 @@ class Table:
         factors = PREDICTION_TYPES[prediction_type]  # what is kept is of the function, whose name may get another
         made = self._predicting.get(factors)
         if made is None:
-            # No tracer or transform may come between the plan and its factors, which later steps have too.
-            with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+            with _as_without_tracers():
                 made = replace(self, table=self._with_factors(prediction_type), prediction_type=prediction_type)
             if not (self.table.is_cuda and torch.cuda.is_current_stream_capturing()):  # memory of the graph's own
                 self._predicting[factors], self.tables[factors] = made, made.table
@@ -112,8 +119,7 @@ class Table:
         if device == self.table.device:
             return self
         if device not in self._copies:
-            # No tracer or transform may come between the plan and its copy, which later steps have too.
-            with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+            with _as_without_tracers():
                 values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
                 moved: dict[str, Any] = {k: value.to(device) for k, value in values.items() if isinstance(value, Tensor)}
             self._copies[device] = replace(self, **moved)
