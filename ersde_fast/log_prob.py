@@ -10,6 +10,7 @@ from .noise import has_values
 from .plan import Plan, PlanStack
 from .reference import linear_combination, prediction, row_of_request
 from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_like, checked, known_row, model_output
+from .table import W_NOISE
 
 
 def step_log_prob(
@@ -71,7 +72,7 @@ def check_log_prob(plan, i) -> None:
     if row := known_row(plan, i):
         silent = f"step {int(i)}" if row.w_noise == 0 else None
     elif isinstance(i, tuple) and has_values(plan.table) and all(map(has_values, i)):
-        if (zeros := plan.weights[i][:, -1] == 0).any():
+        if (zeros := plan.table[i][:, W_NOISE] == 0).any():
             silent = f"the step of sample {int(zeros.nonzero()[0])}"
     if silent:
         raise ValueError(

@@ -11,7 +11,7 @@ from .backends.base import FLOATS
 from .noise import MAX_POSITIONS, TORCH_PIECE, Portable, Seed, TorchStream, check_torch_layout, has_values, seeds_of
 from .plan import Plan, PlanStack
 from .predictions import PREDICTION_TYPES
-from .table import Row, Table
+from .table import W_D, W_X, Row, Table
 
 StepIndex = int | Tensor | tuple[Tensor, Tensor]
 Guidance = tuple[Tensor, float | Tensor]
@@ -165,11 +165,11 @@ def _check_index(plan, i, x: Tensor) -> int:
                 raise ValueError(f"{name} must be 0 to {end - 1}, got {index.tolist()}")
         if not (has_values(i[0]) and has_values(i[1]) and has_values(plan.table)):
             return plan.order
-        weights = plan.weights[i]
-        for b, missing in enumerate(weights[:, 0].isnan().tolist()):
+        rows = plan.table[i]
+        for b, missing in enumerate(rows[:, W_X].isnan().tolist()):
             if missing:
                 raise ValueError(f"step_index[{b}] = {int(i[1][b])} is behind the last step of plan {int(i[0][b])}")
-        return max((slot for slot in range(1, plan.order + 1) if (weights[:, slot] != 0).any()), default=0)
+        return max((j + 1 for j in range(plan.order) if (rows[:, W_D + j] != 0).any()), default=0)
     if not isinstance(plan, Plan):
         raise TypeError(
             f"plan must be a plan of er_sde_plan, or a stack of them with i = (plan_index, step_index), got {type(plan).__name__}"
