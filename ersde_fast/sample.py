@@ -76,32 +76,26 @@ def sample_er_sde(
         eta=eta,
         guidance=guidance,
     )
-    levels = levels_of(plan, x)
-
-    def drawn(i: int) -> Tensor:
-        return noise_sampler(levels[i], levels[i + 1])
-
-    source = Source(None if noise_sampler is None else drawn, generator, seed)
-    return sample_plan(plan, model, x, extra_args, callback, disable, source)
+    return sample_plan(plan, model, x, extra_args, callback, disable, Source(noise_sampler, generator, seed))
 
 
 class Source(NamedTuple):
     """Where the steps of a run take their noise from; at most one is given, and without any it is torch's default generator.
 
     Attributes:
-        sampler: from the index of a step to its noise; called for steps that add noise alone.
+        sampler: makes the noise of a step; called for steps that add noise alone.
         generator, seed: as in `fast_step`.
     """
 
-    sampler: Callable[[int], Tensor] | None = None
+    sampler: Callable[..., Tensor] | None = None
     generator: torch.Generator | None = None
     seed: Seed | None = None
 
-    def of_step(self, plan: Plan, i: int) -> dict:
-        """The argument of `fast_step` that names it."""
+    def of_step(self, plan: Plan, i: int, *told: Tensor) -> dict:
+        """The argument of `fast_step` that names it; the sampler is called with what it is told of the step."""
         if self.sampler is None:
             return {"generator": self.generator, "seed": self.seed}
-        return {"noise": self.sampler(i)} if plan.rows[i].w_noise != 0 else {}
+        return {"noise": self.sampler(*told)} if plan.rows[i].w_noise != 0 else {}
 
 
 DEFAULT = Source()
@@ -130,12 +124,12 @@ def sample_plan(
     """The loop of `sample_er_sde` over a plan on the host."""
     extra_args = {} if extra_args is None else extra_args
     levels = levels_of(plan, x)
-    batches = (levels[:, None] * levels.new_ones(x.shape[:1])).unbind()
+    batches, sigmas = (levels[:, None] * levels.new_ones(x.shape[:1])).unbind(), levels.unbind()
     history: list[Tensor] = []
     for i in trange(plan.num_steps, disable=disable):
         denoised = model(x, batches[i], **extra_args)
         if callback is not None:
-            callback({"x": x, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         history = with_newest(denoised, history, plan)
-        x = fast_step(plan, i, x, history, **source.of_step(plan, i))
+        x = fast_step(plan, i, x, history, **source.of_step(plan, i, sigmas[i], sigmas[i + 1]))
     return x

@@ -124,7 +124,7 @@ class ER_SDE_Solver:
         times = torch.as_tensor(plan.sigmas if times is None else times, dtype=precision, device=x.device)
         if len(times) < plan.num_steps:
             raise ValueError(f"times must hold {plan.num_steps} values, one for each evaluation, got {len(times)}")
-        source = Source(None if randn_like is None else lambda i: randn_like(x))
+        source = Source(None if randn_like is None else lambda: randn_like(x))
         prediction_type, history = PREDICTION_TYPES[self.model_prediction_type], []
         for i in trange(plan.num_steps, disable=not progress):
             output = model(x, times[i] * times.new_ones(len(x)), **model_kwargs)
