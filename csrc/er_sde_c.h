@@ -75,6 +75,10 @@ struct ersde_plan_call {
 ERSDE_API int ersde_plan(const struct ersde_plan_call* plan);
 ERSDE_API int ersde_plan_cuda(const struct ersde_plan_call* plan, struct ersde_device* device, void* stream);
 
+// Threads that torch.randn runs for n elements on a card, and how far it advances its generator's offset; the words of a call.
+ERSDE_API int64_t ersde_torch_threads(int64_t n, int64_t multiprocessors, int64_t threads_each);
+ERSDE_API int64_t ersde_torch_advance(int64_t n, int64_t threads, int64_t dtype);
+
 // What torch.randn draws on a CUDA device, elements [first, first + n), as torch_noise_cpu of er_sde_step.h.
 ERSDE_API void ersde_torch_noise(float* out, uint64_t seed, uint64_t offset, int64_t threads, int64_t first, int64_t n);
 
