@@ -38,6 +38,8 @@ namespace {
 
 using ersde::DType;
 using ersde::StepArgs;
+using ersde::torch_advance;
+using ersde::torch_threads;
 
 constexpr int64_t kGrain = 32768;  // elements a thread takes at least: below, waking it costs more than it saves
 
@@ -139,15 +141,6 @@ void run(const StepArgs& args, const Pairs& pairs, const at::Device& device) {
 
 enum class TorchStream : int { unchecked, as_here, otherwise };
 std::array<TorchStream, 64> torch_stream_of_device{};  // written by Python once for each device, under the GIL
-
-// Threads that torch.randn runs for n elements on a card, and how far it advances the generator's offset.
-int64_t torch_threads(int64_t n, int64_t multiprocessors, int64_t threads_each) {
-  return 256 * std::min((n + 255) / 256, multiprocessors * (threads_each / 256));
-}
-uint64_t torch_advance(int64_t n, int64_t threads, DType dtype) {
-  const int64_t unroll = dtype == DType::float64 ? 2 : 4;
-  return (uint64_t)((n - 1) / (threads * unroll) + 1) * 4;
-}
 
 #ifdef ERSDE_WITH_CUDA
 // Torch draws tensors that 32-bit byte offsets do not reach in pieces: those are left to torch.

@@ -1,7 +1,7 @@
 // How a kernel is launched, and what the launch said. Tests that run the kernels as C++ define ERSDE_LAUNCH themselves.
 #pragma once
 
-#ifndef ERSDE_LAUNCH
+#if !defined(ERSDE_LAUNCH) && !defined(__CUDACC_RTC__)
 #include <cuda_runtime.h>
 #define ERSDE_LAUNCH ersde::launch
 #endif
@@ -9,7 +9,7 @@
 namespace ersde {
 namespace {
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && !defined(__CUDACC_RTC__)
 // early: the kernel's blocks may start while the kernel before it in the stream still runs; it calls wait_for_the_kernel_before.
 // For devices of compute capability 9.0 and newer (programmatic dependent launch); in a graph it takes a microsecond off each node.
 template <typename Args>
@@ -31,15 +31,16 @@ void launch(void (*kernel)(Args), dim3 grid, dim3 block, void* stream, const Arg
 // second of them.
 __device__ __forceinline__ void let_the_kernel_behind_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 __device__ __forceinline__ void wait_for_the_kernel_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
+#ifndef __CUDACC_RTC__
 // nullptr where the last launch was taken.
 inline const char* launch_error() {
 #ifdef __CUDACC__
@@ -49,6 +50,7 @@ inline const char* launch_error() {
   return nullptr;
 #endif
 }
+#endif
 
 }  // namespace
 }  // namespace ersde

@@ -4,10 +4,6 @@
 // A row is the work of a few lanes that share out the points of its integrals: a warp on a GPU, one lane on a CPU. What the
 // host would refuse is a row of NaN: nothing here can raise.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <utility>
-
 #include "er_sde_step.h"
 
 #ifdef __CUDACC__
@@ -22,11 +18,12 @@ enum class Process : int32_t { given, ve, vp, flow };               // where alp
 enum class Scaler : int32_t { sde, sde_1, sde_4, sde_5 };            // the functional forms of noise_scaler.py
 enum class Method : int32_t { taylor, newton };
 
-// Their names in Python.
+#ifndef __CUDACC_RTC__  // their names in Python
 constexpr std::pair<const char*, Process> kProcesses[] = {{"ve", Process::ve}, {"vp", Process::vp}, {"flow", Process::flow}};
 constexpr std::pair<const char*, Scaler> kScalers[] = {
     {"sde", Scaler::sde}, {"sde_1", Scaler::sde_1}, {"sde_4", Scaler::sde_4}, {"sde_5", Scaler::sde_5}};
 constexpr std::pair<const char*, Method> kMethods[] = {{"taylor", Method::taylor}, {"newton", Method::newton}};
+#endif
 
 struct PlanArgs {
   int64_t num_steps;

@@ -6,12 +6,21 @@
 //   step_elements  everything else: dtypes, strides and shards known at run time, one element at a time.
 // No shared memory, no atomics, no torch header; a machine without a GPU compiles this file as C++ and runs it in tests.
 #include "er_sde_launch.h"
+#include "er_sde_step.h"
+#ifdef __CUDACC_RTC__  // kernels alone
+namespace ersde {
+namespace {
+#include "er_sde_math.h"
+#include "er_sde_rows.h"
+#include "er_sde_vectors.h"
+}  // namespace
+}  // namespace ersde
+#else
 #include "er_sde_prepare.h"
+#endif
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-
-#include <cmath>
 
 namespace ersde {
 namespace {
@@ -411,6 +420,11 @@ __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant_
   }
 }
 
+}  // namespace
+
+#ifndef __CUDACC_RTC__  // the launches
+namespace {
+
 // Calls f with a value of the type that holds 2- or 4-byte numbers; float64 has no vectors.
 template <typename F>
 bool with_vector_type(DType t, const F& f) {
@@ -472,5 +486,6 @@ const char* step_cuda(const StepArgs& a, const Launch& on) {
   else if (!launch_vectors(l, on)) return "there is no kernel for so many terms";
   return launch_error();
 }
+#endif
 
 }  // namespace ersde

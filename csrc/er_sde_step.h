@@ -1,8 +1,7 @@
 // What a kernel is told: the tensors of one step as pointers and strides, and which row of which plan each sample steps by.
 // No torch header.
 #pragma once
-#include <cstdint>
-#include <type_traits>
+#include "er_sde_std.h"
 
 namespace ersde {
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, extension
+from .backends import BACKENDS, compiled
 from .noise import TORCH_PIECE, Seed, check_torch_layout, seed_table
 
 
@@ -58,12 +58,12 @@ def torch_noise(
         The noise, and the generator's offset after it.
     """
     check_torch_layout(torch_layout)
-    if (why := extension.CPU.unavailable()) is not None:
-        raise RuntimeError(f"torch_noise needs the extension: {why}")
+    if (why := compiled.CPU.unavailable()) is not None:
+        raise RuntimeError(f"torch_noise needs a compiled kernel: {why}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     if math.prod(shape) * dtype.itemsize > TORCH_PIECE:
         raise ValueError(f"shape must be less than 2 GiB of {dtype}, got {tuple(shape)}: torch draws larger tensors in pieces")
     noise = torch.empty(shape, dtype=torch.float32, device=device)
-    grows = extension.torch_noise(noise, seed, offset, torch_layout)
+    grows = compiled.torch_noise(noise, seed, offset, torch_layout)
     return noise.to(dtype), offset + grows

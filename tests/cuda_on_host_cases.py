@@ -18,7 +18,7 @@ from test_noise import EDGE_WORDS, MANY_SEEDS, many_normals
 
 from conftest import noise_alone
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, torch_noise
-from ersde_fast.backends import extension
+from ersde_fast.backends import CPU, extension
 from ersde_fast.noise import box_muller, seed_table, specified_noise
 
 PATH = os.environ["ERSDE_CUDA_ON_HOST"]
@@ -35,13 +35,13 @@ EXAMPLES = int(os.environ.get("ERSDE_EXAMPLES", 300))
 
 def by_cuda(function, *args, **kwargs):
     """Calls a function of ersde_fast with the CUDA kernels behind it."""
-    with mock.patch.object(extension, "_C", cuda_on_host):
+    with mock.patch.object(CPU, "kernels", cuda_on_host):
         return function(*args, **kwargs)
 
 
 def drawn_by_cuda(*args, **kwargs):
     """The noise of `noise_alone`."""
-    return by_cuda(extension.CPU.run, noise_alone(*args, **kwargs))
+    return by_cuda(CPU.run, noise_alone(*args, **kwargs))
 
 
 def offset_by(t, elements):
@@ -131,7 +131,7 @@ def test_plans(eta):
     plan = er_sde_plan(
         [1, 0.9, 0.7, 0.7, 0.5, 0.2, 0], process="flow", order=[1, 2, 3, 3, 4, 5], method="newton", node_scale=5.0, eta=eta
     )
-    table, _ = by_cuda(extension.CPU.plan, plan.sigmas, None, plan)
+    table, _ = by_cuda(CPU.plan, plan.sigmas, None, plan)
     torch.testing.assert_close(table, plan.table, rtol=1e-13, atol=1e-13)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import ersde_fast
 from ersde_fast import backends
-from ersde_fast.backends import extension, triton
+from ersde_fast.backends import CPU, CUDA, triton
 from ersde_fast.reference import step_of
 from ersde_fast.request import StepRequest
 from ersde_fast.table import Table
@@ -16,8 +16,9 @@ from ersde_fast.table import Table
 @pytest.fixture
 def gpu_without_kernels(monkeypatch, tmp_path):
     """A machine whose GPU PyTorch sees, without the extension and with an empty PATH."""
-    monkeypatch.setattr(extension, "_C", None)
-    monkeypatch.setattr(extension, "WHY_NOT", "no C++ compiler was found")
+    for kernels in (CPU, CUDA):
+        monkeypatch.setattr(kernels, "kernels", None)
+        monkeypatch.setattr(kernels, "why_no_kernels", "no C++ compiler was found")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton, "find_spec", lambda name: name)
     monkeypatch.setenv("PATH", str(tmp_path))

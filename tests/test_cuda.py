@@ -7,7 +7,7 @@ import torch
 
 import ersde_fast
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob, torch_noise
-from ersde_fast.backends.extension import _C
+from ersde_fast.backends import CUDA
 from ersde_fast.noise import seed_table, specified_noise
 
 pytestmark = pytest.mark.gpu
@@ -60,7 +60,7 @@ def test_torchs_largest_words_give_zero(backend, dtype):
 def test_the_stream_was_compared_and_found_as_here():
     x, history = inputs(1000)
     fast_step(PLAN, 3, x, history)
-    assert _C.torch_stream(torch.cuda.current_device()) == 1
+    assert CUDA.kernels.torch_stream(torch.cuda.current_device()) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ersde_fast import er_sde_plan, fast_step
-from ersde_fast.backends import extension
+from ersde_fast.backends import CPU
 from ersde_fast.graph import SamplingGraph, StepGraph
 
 PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], method="newton")
@@ -90,7 +90,7 @@ def test_after_the_last_step_comes_nan_and_then_a_new_start(device):
 
 def test_a_ring_that_no_backend_keeps(monkeypatch):
     expected = sample(StepGraph(model, PLAN, (3, 4, 16), device="cpu"), start("cpu"), 5)
-    monkeypatch.setattr(extension.CPU, "keeps_ring", False)
+    monkeypatch.setattr(CPU, "keeps_ring", False)
     assert torch.equal(sample(StepGraph(model, PLAN, (3, 4, 16), device="cpu"), start("cpu"), 5), expected)
 
 

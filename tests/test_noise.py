@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ersde_fast import portable_noise, torch_noise
-from ersde_fast.backends.extension import _C
+from ersde_fast.backends import CPU
 from ersde_fast.noise import box_muller, philox, seed_table, specified_noise
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("portable_noise.json").read_text())
@@ -98,12 +98,12 @@ def draw(request):
     if request.param == "specification":
         yield lambda shape, seed, step=0: specified_noise(shape, seed_table(seed, shape[0] if shape else 1), step)
         return
-    if _C is None or not _C.use_instruction_set(["", "plain", "x86-64-v3", "x86-64-v4"].index(request.param)):
+    if not CPU.kernels.use_instruction_set(["", "plain", "x86-64-v3", "x86-64-v4"].index(request.param)):
         yield lambda shape, seed, step=0: portable_noise(shape, seed, step)  # what this machine has in its place
         return
-    assert _C.instruction_set() == request.param
+    assert CPU.kernels.instruction_set() == request.param
     yield lambda shape, seed, step=0: portable_noise(shape, seed, step)
-    _C.use_instruction_set(0)
+    CPU.kernels.use_instruction_set(0)
 
 
 @pytest.mark.parametrize("run", GOLDEN["runs"], ids=lambda run: f"{run['seed']}-{run['step']}-{run['sample']}-{run['first']}")
@@ -183,9 +183,9 @@ def test_edge_words(implementation):
         assert specified.abs().max() < 6.77
         for n in range(0, len(a), 41):
             assert specified[:, n].tolist() == list(oracle_box_muller(a[n].item(), b[n].item()))
-    elif _C is not None and _C.use_instruction_set(["", "plain", "x86-64-v3", "x86-64-v4"].index(implementation)):
-        assert torch.equal(bits(_C.box_muller(a, b)), bits(specified))
-        _C.use_instruction_set(0)
+    elif CPU.kernels.use_instruction_set(["", "plain", "x86-64-v3", "x86-64-v4"].index(implementation)):
+        assert torch.equal(bits(CPU.kernels.box_muller(a, b)), bits(specified))
+        CPU.kernels.use_instruction_set(0)
 
 
 # ---- what it depends on ----

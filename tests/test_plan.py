@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import ersde_fast
 from ersde_fast import er_sde_plan, reverse_time_sde, stack_plans
-from ersde_fast.backends import extension
+from ersde_fast.backends import CPU
 from ersde_fast.predictions import PREDICTION_TYPES
 from ersde_fast.table import COUNTER, W_D, W_NOISE, W_X
 
@@ -22,8 +22,8 @@ from ersde_fast.table import COUNTER, W_D, W_NOISE, W_X
 def builder(request, monkeypatch):
     """Every test holds for both: the code that the kernel shares, and the one for any noise scaler."""
     if request.param == "torch":
-        monkeypatch.setattr(extension, "_C", None)
-        monkeypatch.setattr(extension, "WHY_NOT", "no compiler was found")
+        monkeypatch.setattr(CPU, "kernels", None)
+        monkeypatch.setattr(CPU, "why_no_kernels", "no compiler was found")
 
 
 # phi as the paper's appendix A.8 prints it, for any arithmetic.

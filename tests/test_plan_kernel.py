@@ -8,7 +8,7 @@ import torch
 
 import ersde_fast
 from ersde_fast import er_sde_plan
-from ersde_fast.backends import extension
+from ersde_fast.backends import CPU
 from ersde_fast.noise_scaler import NOISE_SCALERS, get_noise_scaler
 from ersde_fast.plan import _build_by_kernel, _build_by_torch
 from ersde_fast.predictions import PREDICTION_TYPES
@@ -103,7 +103,7 @@ def test_whether_a_plan_on_a_device_draws_is_known_without_looking(monkeypatch, 
 def test_a_name_that_the_kernel_does_not_know_is_refused(name, wrong):
     options = replace(options_of((1, 1), "ve", "sde_5"), **wrong)
     with pytest.raises(ValueError, match=f"{name} must be "):
-        extension.CPU.plan(torch.ones(3), None, options)
+        CPU.plan(torch.ones(3), None, options)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import ersde_fast
 from conftest import assert_step_exact, assert_sum_exact
 from ersde_fast import er_sde_plan, fast_step, portable_noise, reference_step, stack_plans
-from ersde_fast.backends import extension
+from ersde_fast.backends import CPU
 from ersde_fast.noise import seed_table, specified_noise
 from ersde_fast.predictions import PREDICTION_TYPES
 
@@ -123,19 +123,17 @@ def test_large_and_threaded(backend):
     assert torch.equal(torch.stack(rows), result)
 
 
-@pytest.mark.skipif(extension._C is None, reason="the extension was not built")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set_gives_the_same_bits(dtype):
     x, history, noise = inputs((5, 1037), 5, dtype)
     results = []
     for number in (1, 2, 3):
-        if extension._C.use_instruction_set(number):
+        if CPU.kernels.use_instruction_set(number):
             results.append(fast_step(PLANS[5], 4, x, history, noise=noise, backend="cpu"))
-    assert extension._C.use_instruction_set(0)
+    assert CPU.kernels.use_instruction_set(0)
     assert all(torch.equal(r, results[0]) for r in results)
 
 
-@pytest.mark.skipif(extension._C is None, reason="the extension was not built")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_as_torch_rounds(dtype):
     """Every value of the type goes through unchanged, and float32 values round as torch's cast does."""
@@ -555,8 +553,8 @@ def test_bad_input(arguments, error, message):
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
-    monkeypatch.setattr(extension, "_C", None)
-    monkeypatch.setattr(extension, "WHY_NOT", "no compiler was found")
+    monkeypatch.setattr(CPU, "kernels", None)
+    monkeypatch.setattr(CPU, "why_no_kernels", "no compiler was found")
     assert ersde_fast.available_backends()["cpu"] == "no compiler was found"
     with pytest.raises(ValueError, match='backend "cpu" cannot run this step: no compiler was found'):
         fast_step(PLANS[3], 4, X, HISTORY, backend="cpu")
@@ -564,8 +562,8 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 
 def test_without_the_extension_the_reference_runs(monkeypatch):
     expected = reference_step(PLANS[3], 4, X, HISTORY, noise=NOISE)
-    monkeypatch.setattr(extension, "_C", None)
-    monkeypatch.setattr(extension, "WHY_NOT", "no compiler was found")
+    monkeypatch.setattr(CPU, "kernels", None)
+    monkeypatch.setattr(CPU, "why_no_kernels", "no compiler was found")
     monkeypatch.setenv("ERSDE_FAST_QUIET", "1")
     assert torch.equal(fast_step(PLANS[3], 4, X, HISTORY, noise=NOISE), expected)
 

@@ -1,7 +1,7 @@
 """Which kernels run here, and which one runs a step: a list in order of speed, and the function that chooses from it.
 
 A backend is an object of `Backend`, in a module of its own. To add one, put it into BACKENDS, before those that it is faster than.
-(`fast_step` asks the extension itself first, which knows at once whether a step is a plain one of its own.)
+(`fast_step` asks the compiled kernels themselves first, which know at once whether a step is a plain one of theirs.)
 """
 
 import functools
@@ -9,11 +9,11 @@ import os
 import warnings
 
 from .base import MAX_DIMS, Backend
-from .extension import CPU, CUDA
+from .compiled import CPU, CUDA
 from .reference import REFERENCE
 from .triton import TRITON
 
-__all__ = ["BACKENDS", "MAX_DIMS", "Backend", "available_backends", "choose"]
+__all__ = ["BACKENDS", "CPU", "CUDA", "MAX_DIMS", "Backend", "available_backends", "choose"]
 
 BACKENDS: list[Backend] = [CUDA, TRITON, CPU, REFERENCE]
 

@@ -1,0 +1,260 @@
+// The kernels behind a C interface. No torch header, and nothing of CUDA's: its driver is called by address.
+#include "er_sde_c.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+
+#include "er_sde_plan.h"
+#include "er_sde_prepare.h"
+
+namespace {
+
+using namespace ersde;
+
+static_assert(sizeof(ersde_call) % sizeof(int64_t) == 0);
+
+// The arguments of a kernel from the words of a call, which the views point into.
+struct Step {
+  StepArgs args{};
+  View views[kMaxOperands];
+  int count = 0;
+};
+
+void add_operand(Step& s, Operand& o, const int64_t* tensor) {
+  o.data = reinterpret_cast<char*>(tensor[0]);
+  o.dtype = static_cast<DType>(tensor[1]);
+  s.args.float64 |= o.dtype == DType::float64;
+  s.views[s.count++] = {tensor + 2, &o};
+}
+
+// Where each sample finds its row; whether there is one.
+bool set_rows(Rows& rows, const ersde_call& call, int64_t batch) {
+  const auto numbers = [](int64_t address) { return reinterpret_cast<const int64_t*>(address); };
+  if (call.columns < kWD || call.columns > kMaxColumns) return false;
+  rows.num_columns = (int)call.columns;
+  rows.num_plans = call.num_plans;
+  rows.num_steps = call.num_steps;
+  rows.table = reinterpret_cast<const double*>(call.table);
+  rows.plan_index = numbers(call.plan_index);
+  rows.step_index = numbers(call.step_index);
+  rows.index_stride = call.index_stride;
+  rows.scales = reinterpret_cast<const double*>(call.scales);
+  rows.ring = (int)call.ring;
+  rows.ring_stride = call.ring_stride;
+  rows.predicts = call.predicts != 0;
+  rows.guided = call.guided != 0;
+  if (call.row) std::copy_n(reinterpret_cast<const double*>(call.row), call.columns, rows.row);
+  return call.row || call.table || batch == 0;
+}
+
+// Whether the call can be. binding.cpp has the same rules for what a step reads.
+bool read(Step& s, const int64_t* words, double scale) {
+  ersde_call call;
+  std::memcpy(&call, words, sizeof call);
+  StepArgs& a = s.args;
+  const int dims = (int)call.dims;
+  if (dims < 0 || dims >= kMaxDims) return false;
+  const int64_t* sizes = words + sizeof call / sizeof(int64_t);
+  const int64_t* whole = sizes + dims;
+  const int64_t* tensor = whole + (call.sharded ? 2 * (dims - 1) : 0);
+  const auto next_tensor = [&] { return std::exchange(tensor, tensor + 2 + dims); };
+  if (!set_rows(a.rows, call, dims ? sizes[0] : 1)) return false;
+  a.rows.scale = scale;
+  const double* row = call.row ? a.rows.row : nullptr;
+  if (row && call.predicts && !std::isfinite(row[kPX])) return false;
+
+  const int64_t order = call.columns - kWD;
+  int64_t uses = call.step < 0 ? order : std::min(order, call.step + 1);
+  while (row && uses > 0 && row[kWD + uses - 1] == 0) --uses;
+  if (call.predicts) uses = std::max<int64_t>(uses, 1);
+  if (!call.ring && call.predictions < uses) {
+    if (row) return false;
+    uses = call.predictions;
+  }
+  a.rows.predictions = (int)uses;
+
+  std::fill(std::begin(a.rows.columns), std::end(a.rows.columns), -1);
+  const auto add_term = [&](int64_t column, const int64_t* t) {
+    const bool wanted = (call.predicts && a.num_terms < 2) || call.alone;
+    if (row && row[column] == 0 && !wanted) return;
+    a.rows.columns[a.num_terms] = (int)column;
+    add_operand(s, a.terms[a.num_terms++], t);
+  };
+  const int64_t* x = next_tensor();
+  a.out.dtype = static_cast<DType>(x[1]);
+  a.float64 = a.out.dtype == DType::float64;
+  add_term(kWX, x);
+  const int64_t* history = tensor;
+  tensor += call.predictions * (2 + dims);
+  const int64_t* guide = call.guided ? next_tensor() : nullptr;
+  const int64_t* noise = call.has_noise ? next_tensor() : nullptr;
+  const int64_t* denoised = call.predicts ? next_tensor() : nullptr;
+  const int64_t* out = next_tensor();
+  for (int64_t k = 0; k < uses; ++k) add_term(kWD + k, call.ring && k > 0 ? denoised : history + k * (2 + dims));
+  if (guide) add_operand(s, a.guide, guide);
+  if (noise) add_term(kWNoise, noise);
+  if (denoised) add_operand(s, a.denoised, denoised);
+  add_operand(s, a.out, out);
+
+  a.numel = 1;
+  for (int d = 0; d < dims; ++d) a.numel *= sizes[d];
+  if (row ? row[kWNoise] != 0 : true) a.drawn.source = static_cast<Noise>(call.source);
+  a.drawn.seeds = reinterpret_cast<const int64_t*>(call.seeds);
+  a.drawn.seed = (uint64_t)call.seed;
+  a.drawn.torch_threads = call.torch_threads;
+  a.drawn.torch_offset = (uint64_t)call.torch_offset;
+  a.batched = a.drawn.source == Noise::portable || a.rows.index_stride || a.rows.scales;
+  if (a.numel == 0) return true;
+  set_shape(a, s.views, s.count, sizes, dims, call.sharded ? Whole{whole, whole + dims - 1} : Whole{});
+  return true;
+}
+
+// ---- launches by CUDA's driver, whose types these are ----
+
+struct LaunchAttribute {
+  int id;
+  char pad[4];
+  union {
+    char bytes[64];
+    int allowed;
+  };
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned num_attributes;
+};
+using LaunchKernelEx = int (*)(const LaunchConfig*, void* function, void** arguments, void** extra);
+
+constexpr int kProgrammaticStreamSerialization = 6;
+constexpr const char* kVectorTypes[] = {"float", "__nv_bfloat16", "__half"};
+constexpr const char* kSources[] = {"none", "portable", "torch"};
+constexpr int kElementKernels = 3 * kMaxTerms * 3 * 2, kPlanKernel = kElementKernels + 4;
+static_assert(kPlanKernel + 1 == ersde_kernels);
+
+int kernel_of(const StepLaunch& l) {
+  if (!l.vectors) return kElementKernels + 2 * l.float64 + l.large;
+  const int type = l.dtype == DType::float32 ? 0 : l.dtype == DType::bfloat16 ? 1 : 2;
+  return ((type * kMaxTerms + l.terms - 1) * 3 + (int)l.source) * 2 + l.predicts;
+}
+
+int launch(ersde_device* device, int kernel, const unsigned (&grid)[2], unsigned threads, const void* arguments, void* stream, bool early) {
+  if (!device->kernels[kernel]) {
+    device->wanted = kernel;
+    return ersde_needs_kernel;
+  }
+  LaunchAttribute attribute{};
+  attribute.id = kProgrammaticStreamSerialization;
+  attribute.allowed = 1;
+  const LaunchConfig config{{grid[0], grid[1], 1}, {threads, 1, 1}, 0, stream, &attribute, early ? 1u : 0u};
+  void* parameters[] = {const_cast<void*>(arguments)};
+  const int error = reinterpret_cast<LaunchKernelEx>(device->launch)(&config, device->kernels[kernel], parameters, nullptr);
+  if (error) device->error = error;
+  return error ? ersde_failed : 0;
+}
+
+template <typename Enum, size_t n>
+bool named(const char* name, const std::pair<const char*, Enum> (&known)[n], Enum& value) {
+  for (const auto& [its_name, its_value] : known) {
+    if (std::strcmp(name, its_name) != 0) continue;
+    value = its_value;
+    return true;
+  }
+  return false;
+}
+
+bool read(PlanArgs& a, const ersde_plan_call& call) {
+  a.num_steps = call.num_steps;
+  a.sigmas = call.sigmas;
+  a.alphas = call.alphas;
+  a.sigmas_dtype = static_cast<DType>(call.sigmas_dtype);
+  a.alphas_dtype = static_cast<DType>(call.alphas_dtype);
+  a.process = Process::given;
+  a.order = (int)call.order;
+  a.orders = call.orders;
+  a.strength = call.strength;
+  a.node_scale = call.node_scale;
+  a.integration_points = (int)call.integration_points;
+  a.s_noise = call.s_noise;
+  a.guidance = call.guidance;
+  a.first_step = (uint32_t)call.first_step;
+  a.table = call.table;
+  a.schedule = call.schedule;
+  return (call.alphas || named(call.process, kProcesses, a.process)) && named(call.scaler, kScalers, a.scaler) &&
+         named(call.method, kMethods, a.method) && call.order >= 1 && call.order <= kMaxPredictions;
+}
+
+}  // namespace
+
+int ersde_version(void) { return ERSDE_C_VERSION; }
+
+int ersde_step(const int64_t* call, double scale, int64_t begin, int64_t end) {
+  Step s;
+  if (!read(s, call, scale)) return ersde_not_plain;
+  for (int64_t b = 0; s.args.rows.index_stride && b < s.args.sizes[0]; ++b) {
+    const double* row = row_of(s.args.rows, b);
+    if (!row || std::isnan(row[kWX])) return ersde_not_plain;
+  }
+  if (s.args.numel) step_cpu(s.args, begin, end < 0 ? s.args.numel : end);
+  return 0;
+}
+
+int ersde_step_cuda(const int64_t* call, double scale, ersde_device* device, void* stream) {
+  Step s;
+  if (!read(s, call, scale)) return ersde_not_plain;
+  if (s.args.numel == 0) return 0;
+  const StepLaunch l = launch_of(s.args, (int)device->multiprocessors);
+  const void* arguments = l.vectors ? static_cast<const void*>(&l.vector) : l.elements;
+  return launch(device, kernel_of(l), l.grid, kThreads, arguments, stream, device->early != 0);
+}
+
+const char* ersde_kernel_name(int kernel) {
+  static thread_local char name[128];
+  if (kernel == kPlanKernel) return "ersde::plan_rows";
+  if (kernel >= kElementKernels) {
+    const int which = kernel - kElementKernels;
+    std::snprintf(name, sizeof name, "ersde::step_elements<%s, %s>", which / 2 ? "double" : "float", which % 2 ? "uint64_t" : "uint32_t");
+    return name;
+  }
+  const int predicts = kernel % 2, source = kernel / 2 % 3, terms = kernel / 6 % kMaxTerms + 1;
+  const char* type = kVectorTypes[kernel / 6 / kMaxTerms];
+  if ((predicts && terms < 2) || (source != 0 && terms == kMaxTerms)) return "";
+  const char* flag = predicts ? "true" : "false";
+  if (static_cast<Noise>(source) == Noise::torch) std::snprintf(name, sizeof name, "ersde::step_vectors_torch<%s, %d, %s>", type, terms, flag);
+  else std::snprintf(name, sizeof name, "ersde::step_vectors<%s, %d, ersde::Noise::%s, %s>", type, terms, kSources[source], flag);
+  return name;
+}
+
+int ersde_plan(const ersde_plan_call* call) {
+  PlanArgs a{};
+  if (!read(a, *call)) return ersde_not_plain;
+  plan_cpu(a);
+  return 0;
+}
+
+int ersde_plan_cuda(const ersde_plan_call* call, ersde_device* device, void* stream) {
+  PlanArgs a{};
+  if (!read(a, *call)) return ersde_not_plain;
+  return launch(device, kPlanKernel, {(unsigned)a.num_steps, 1}, 32, &a, stream, false);
+}
+
+int64_t ersde_torch_threads(int64_t n, int64_t multiprocessors, int64_t threads_each) {
+  return torch_threads(n, multiprocessors, threads_each);
+}
+
+int64_t ersde_torch_advance(int64_t n, int64_t threads, int64_t dtype) {
+  return (int64_t)torch_advance(n, threads, static_cast<DType>(dtype));
+}
+
+void ersde_torch_noise(float* out, uint64_t seed, uint64_t offset, int64_t threads, int64_t first, int64_t n) {
+  torch_noise_cpu(out, seed, offset, threads, first, n);
+}
+
+void ersde_box_muller(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n) { box_muller_cpu(a, b, z0, z1, n); }
+
+const char* ersde_instruction_set(void) { return instruction_set_name(); }
+
+int ersde_use_instruction_set(int set) { return use_instruction_set(static_cast<InstructionSet>(set)); }

@@ -1,0 +1,384 @@
+"""The kernels by ctypes, where no extension was built: the library `_kernels`, which knows neither torch nor Python.
+
+`Library` answers as the extension's module does, csrc/binding.cpp, for tensors of one type of device; csrc/er_sde_c.h says what it
+tells the library.
+"""
+
+import ctypes
+import functools
+import math
+import os
+import struct
+import sys
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import _profiler_enabled, forward_ad
+from torch.autograd.profiler import record_function
+
+from ..table import W_D, W_NOISE
+from .base import FLOATS, MAX_DIMS
+
+VERSION = 1  # of csrc/er_sde_c.h
+NEEDS_KERNEL, FAILED = 2, 3  # answers
+PORTABLE, TORCH = 1, 2  # sources of noise, and the words behind them: seeds, seed, torch_threads, torch_offset
+NOTHING_DRAWN = (0,) * 5
+MASK = 2**64 - 1
+GRAIN = 32768  # elements a thread takes at least: below, waking it costs more than it saves
+NUMBER = {dtype: number for number, dtype in enumerate(FLOATS)}
+PLAIN = (Tensor, torch.nn.Parameter)
+NAME = {"win32": "_kernels.dll", "darwin": "_kernels.dylib"}.get(sys.platform, "_kernels.so")
+REINSTALL = "reinstall ersde-fast"
+
+
+class PlanCall(ctypes.Structure):
+    """`ersde_plan_call`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("num_steps", "order", "first_step", "integration_points")),
+        *((name, ctypes.c_void_p) for name in ("sigmas", "alphas")),
+        *((name, ctypes.c_int64) for name in ("sigmas_dtype", "alphas_dtype")),
+        ("orders", ctypes.c_void_p),
+        *((name, ctypes.c_char_p) for name in ("process", "scaler", "method")),
+        *((name, ctypes.c_double) for name in ("strength", "node_scale", "s_noise", "guidance")),
+        *((name, ctypes.c_void_p) for name in ("table", "schedule")),
+    ]
+
+
+def load(folder: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library and None, or None and the reason, which names the remedy."""
+    path = folder / NAME
+    if not path.exists():
+        return None, f"the library of kernels was not built: {REINSTALL}, from a wheel or beside a C++ compiler"
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.ersde_version()
+    except (OSError, AttributeError) as error:
+        return None, f"the library of kernels does not load ({error}): {REINSTALL}"
+    if version != VERSION:
+        return None, f"the library of kernels is of version {version}, and this is {VERSION}: {REINSTALL}"
+    pointer, word, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+    for name, result, arguments in [
+        ("step", integer, [pointer, real, word, word]),
+        ("step_cuda", integer, [pointer, real, pointer, pointer]),
+        ("kernel_name", ctypes.c_char_p, [integer]),
+        ("plan", integer, [pointer]),
+        ("plan_cuda", integer, [pointer, pointer, pointer]),
+        ("torch_threads", word, [word, word, word]),
+        ("torch_advance", word, [word, word, word]),
+        ("torch_noise", None, [pointer, ctypes.c_uint64, ctypes.c_uint64, word, word, word]),
+        ("box_muller", None, [pointer, pointer, pointer, pointer, word]),
+        ("instruction_set", ctypes.c_char_p, []),
+        ("use_instruction_set", integer, [integer]),
+    ]:
+        function = getattr(library, f"ersde_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library, None
+
+
+class NotPlain(Exception):
+    """That a step is none that the library runs as it was asked for."""
+
+
+class Library:
+    """The kernels for one type of device: functions with the arguments of the extension's, see csrc/step_call.h and csrc/binding.cpp."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+
+    def step(
+        self, table, i, x, history, *, noise=None, generator=None, seed=None, draws=False, out=None, predicts=False,
+        unconditional=None, scale=None, ring=None, global_shape=None, global_start=None, torch_layout=None, trusted=False,
+    ):  # fmt: skip
+        """The next sample, or the pair of that and the prediction; None where the step is not a plain one of this device."""
+        if type(x) not in PLAIN or not self.has(x) or not isinstance(history, (list, tuple)):
+            return None
+        if not (trusted or (out is None and _is_unwatched())):
+            return None
+        if (noise is not None) + (generator is not None) + (seed is not None) > 1:
+            return None
+        shape, index, grad = x.shape, x.get_device(), not trusted and torch.is_grad_enabled()
+
+        def words(tensor) -> tuple[int, ...]:
+            """What the library is told of a tensor."""
+            if type(tensor) not in PLAIN or tensor.shape != shape or tensor.get_device() != index or tensor.is_neg():
+                raise NotPlain
+            address = tensor.data_ptr()
+            if (grad and tensor.requires_grad) or not (address or tensor.is_cpu or tensor.is_cuda):
+                raise NotPlain
+            return (address, NUMBER[tensor.dtype], *tensor.stride())
+
+        try:
+            rows = _rows(table, i, x, ring)
+            row, order = rows[0], rows[3] - W_D
+            inputs = [*words(x)]
+            for denoised in history if len(history) <= order else history[:order]:
+                inputs += words(denoised)
+            factor, scales = 0.0, 0
+            if unconditional is not None:
+                inputs += words(unconditional)
+                factor, scales = _scale(scale, x)
+            given = () if noise is None else words(noise)
+            into = () if out is None else words(out)
+            slot = () if ring is None else words(ring[0])
+            drawn, kept = NOTHING_DRAWN, None
+            torch_stream = False
+            if seed is not None:
+                if draws:
+                    drawn, kept = _portable(seed, x.device)
+            elif noise is None:
+                _check_generator(generator, x.device)
+                torch_stream = draws if not row else ctypes.c_double.from_address(row + 8 * W_NOISE).value != 0
+        except (NotPlain, KeyError, RuntimeError):  # another dtype; a tensor that has no memory of its own
+            return None
+        if len(shape) >= MAX_DIMS or (torch_stream and isinstance(i, tuple)):
+            return None
+        if ring is not None and (len(history) != 1 or len(ring) != order):
+            return None
+
+        result, prediction = torch.empty_like(x) if out is None else out, None
+        outputs = list(slot)
+        if predicts and ring is None:
+            prediction = torch.empty_like(x)
+            outputs += _words(prediction)
+        outputs += into or _words(result)
+        ring_words = (0, 0) if ring is None else (len(ring), ring.stride(0) * ring.element_size())
+        whole = [*(global_shape or ()), *(global_start or ())]
+        predictions = 1 if ring is not None else min(len(history), order)
+
+        def call(given: tuple, drawn: tuple) -> bytes:
+            return packed(
+                len(shape), predictions, unconditional is not None, bool(given), predicts, 0, bool(global_shape), *rows, scales,
+                *ring_words, *drawn, *shape, *whole, *inputs, *given, *outputs,
+            )  # fmt: skip
+
+        if torch_stream and x.numel():
+            if self.library.ersde_step(call(given, drawn), factor, 0, 0):  # before a generator advances
+                return None
+            try:
+                drawn = self.take_torch_stream(x, generator, torch_layout)
+            except NotPlain:
+                return None
+            if drawn is None:
+                kept = torch.randn(shape, dtype=x.dtype, device=x.device, generator=generator)
+                given, drawn = _words(kept), NOTHING_DRAWN
+        if _profiler_enabled():
+            with record_function("ersde_fast::step"):
+                answer = self.run(call(given, drawn), factor, x)
+        else:
+            answer = self.run(call(given, drawn), factor, x)
+        if answer:
+            return None
+        return result if prediction is None else (result, prediction)
+
+    @staticmethod
+    def has(x: Tensor) -> bool:
+        """Whether a tensor lies on a device of the type."""
+        raise NotImplementedError
+
+    def run(self, call: bytes, factor: float, x: Tensor) -> int:
+        """Runs a call; what the library answered, which is 0 where it did."""
+        raise NotImplementedError
+
+    def take_torch_stream(self, x: Tensor, generator, layout) -> tuple[int, ...] | None:
+        """The words of torch's stream, taken from its generator; None where torch draws it.
+
+        Raises:
+            NotPlain: it is not known yet whether the kernels draw it as torch does.
+        """
+        return None
+
+    def portable_noise(self, out: Tensor, seeds: Tensor, step: int) -> None:
+        drawn, _seeds = _portable(seeds, out.device)
+        self.fill(out, drawn, step)
+
+    def fill(self, out: Tensor, drawn: tuple, step: int = 0) -> None:
+        """Fills a contiguous tensor: a step of one term whose weight is 0, so that the kernels for one term serve."""
+        row = array("d", [step, 0, 0, 1, 0])
+        tensor = _words(out)
+        rows = (row.buffer_info()[0], 0, 0, len(row), 1, 1, 0, 0, 0)
+        call = packed(out.dim(), 0, 0, 0, 0, 1, 0, *rows, 0, 0, 0, *drawn, *out.shape, *tensor, *tensor)
+        self.run(call, 0.0, out)
+
+    def plan(self, sigmas: Tensor, alphas: Tensor | None, options, orders: Tensor | None) -> tuple[Tensor, Tensor]:
+        num_steps, order, scaler = len(sigmas) - 1, max(options.orders), options.noise_scaler
+        table = torch.empty(num_steps, W_D + order, dtype=torch.float64, device=sigmas.device)
+        schedule = torch.empty(3, num_steps + 1, dtype=torch.float64, device=sigmas.device)
+        sigmas, alphas = sigmas.contiguous(), None if alphas is None else alphas.contiguous()
+        call = PlanCall(
+            num_steps, order, options.first_step, options.integration_points or 0,
+            sigmas.data_ptr(), 0 if alphas is None else alphas.data_ptr(),
+            NUMBER[sigmas.dtype], 0 if alphas is None else NUMBER[alphas.dtype], 0 if orders is None else orders.data_ptr(),
+            *(str(name).encode() for name in (options.process, scaler.form, options.method)),
+            scaler.strength * (1 if options.eta is None else options.eta),
+            *(math.nan if value is None else value for value in (options.node_scale, options.s_noise)),
+            -1 if options.guidance is None else options.guidance, table.data_ptr(), schedule.data_ptr(),
+        )  # fmt: skip
+        if self.run_plan(call, sigmas.device):
+            raise ValueError(f"noise_scaler, process, method or order are not known to the kernels: {options}")
+        return table, schedule
+
+    def run_plan(self, call: PlanCall, device: torch.device) -> int:
+        """As `run`."""
+        raise NotImplementedError
+
+
+class CPULibrary(Library):
+    """Large tensors are shared out over threads of Python: the library lets go of the interpreter."""
+
+    has = staticmethod(attrgetter("is_cpu"))
+
+    def run(self, call, factor, x):
+        step = self.library.ersde_step
+        if x.numel() <= GRAIN:
+            return step(call, factor, 0, -1)
+        return max(_in_threads(x.numel(), lambda begin, end: step(call, factor, begin, end)))
+
+    def run_plan(self, call, device):
+        return self.library.ersde_plan(ctypes.byref(call))
+
+    def torch_noise(self, out: Tensor, seed: int, offset: int, multiprocessors: int, threads_each: int) -> int:
+        n, address = out.numel(), out.data_ptr()
+        threads = self.library.ersde_torch_threads(n, multiprocessors, threads_each)
+
+        def draw(begin, end):
+            self.library.ersde_torch_noise(address + 4 * begin, seed & MASK, offset, threads, begin, end - begin)
+            return 0
+
+        if n == 0:
+            return 0
+        _in_threads(n, draw)
+        return self.library.ersde_torch_advance(n, threads, NUMBER[out.dtype])
+
+    def box_muller(self, a: Tensor, b: Tensor) -> Tensor:
+        words, out = torch.stack([a, b]).to(torch.uint32), torch.empty(2, len(a))
+        pointers = [row.data_ptr() for row in (*words, *out)]
+        self.library.ersde_box_muller(*pointers, len(a))
+        return out
+
+    def instruction_set(self) -> str:
+        return self.library.ersde_instruction_set().decode()
+
+    def use_instruction_set(self, number: int) -> bool:
+        return bool(self.library.ersde_use_instruction_set(number))
+
+
+def packed(*words: int) -> bytes:
+    return struct.pack(f"{len(words)}q", *words)
+
+
+def signed(word: int) -> int:
+    """64 bits as a signed number."""
+    return (word + 2**63 & MASK) - 2**63
+
+
+def _words(tensor: Tensor) -> tuple[int, ...]:
+    return (tensor.data_ptr(), NUMBER[tensor.dtype], *tensor.stride())
+
+
+def _is_unwatched() -> bool:
+    """Whether no mode, transform or tracer wants to see operators, and no tangent is carried."""
+    return (
+        _len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+        and peek_interpreter_stack() is None
+        and not _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
+    )
+
+
+def _rows(table: Tensor, i, x: Tensor, ring: Tensor | None) -> tuple[int, ...]:
+    """The words from `row` to `index_stride`: see set_rows of binding.cpp."""
+    *num_plans, num_steps, columns = table.shape
+    if isinstance(i, tuple):
+        if len(i) != 2 or not num_plans or table.device != x.device:
+            raise NotPlain
+        plan_index, step_index = (_index(index, x.shape[:1] or (1,), x.device) for index in i)
+        return (0, -1, table.data_ptr(), columns, *num_plans, num_steps, plan_index, step_index, 1)
+    if num_plans:
+        raise NotPlain
+    if isinstance(i, Tensor):
+        if ring is not None or not i.is_cpu:
+            if table.device != x.device:
+                raise NotPlain
+            return (0, -1, table.data_ptr(), columns, 1, num_steps, 0, _index(i, (), x.device), 0)
+        _index(i, (), i.device)
+        i = i.item()
+    if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < num_steps or ring is not None:
+        raise NotPlain
+    address = table.data_ptr() + 8 * columns * i
+    if table.is_cpu:
+        return (address, i, 0, columns, 1, num_steps, 0, 0, 0)
+    if table.device != x.device:
+        raise NotPlain
+    return (0, i, address, columns, 1, num_steps, 0, 0, 0)
+
+
+def _index(index, shape: tuple[int, ...], device: torch.device) -> int:
+    """The address of a contiguous int64 tensor of that shape on that device."""
+    if type(index) not in PLAIN or index.dtype != torch.int64 or index.shape != shape or index.device != device:
+        raise NotPlain
+    if not index.is_contiguous():
+        raise NotPlain
+    return index.data_ptr()
+
+
+def _scale(scale, x: Tensor) -> tuple[float, int]:
+    """The scale of the guidance where it is a number, and the address of the samples' own."""
+    if type(scale) in PLAIN:
+        if (
+            scale.dtype != torch.float64
+            or scale.shape != (x.shape[:1] or (1,))
+            or scale.device != x.device
+            or not scale.is_contiguous()
+        ):
+            raise NotPlain
+        return 0.0, scale.data_ptr()
+    if not isinstance(scale, (int, float)) or not -sys.float_info.max <= scale <= sys.float_info.max:
+        raise NotPlain
+    return float(scale), 0
+
+
+def _portable(seed, device: torch.device) -> tuple[tuple[int, ...], Tensor | None]:
+    """The words of the portable stream, and the table that they point to."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return (PORTABLE, 0, signed(seed), 0, 0), None
+    if type(seed) not in PLAIN:
+        raise NotPlain
+    seed = seed.to(device, non_blocking=True).contiguous()
+    return (PORTABLE, seed.data_ptr(), 0, 0, 0), seed
+
+
+def _check_generator(generator, device: torch.device) -> None:
+    if generator is not None and (
+        not isinstance(generator, torch.Generator)
+        or generator.device.type != device.type
+        or (generator.device.index or 0) != (device.index or 0)
+    ):
+        raise NotPlain
+
+
+def _in_threads(n: int, work: Callable[[int, int], int]) -> list[int]:
+    """What work(begin, end) answers for shares of 0 ... n."""
+    threads = min(torch.get_num_threads(), n // GRAIN)
+    if threads <= 1:
+        return [work(0, n)]
+    ends = [n * k // threads for k in range(threads + 1)]
+    others = [_pool().submit(work, *share) for share in pairwise(ends[1:])]
+    return [work(0, ends[1]), *(other.result() for other in others)]
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "ersde_fast")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pool without its threads
