@@ -166,7 +166,7 @@ bool named(const char* name, const std::pair<const char*, Enum> (&known)[n], Enu
   return false;
 }
 
-bool read(PlanArgs& a, const ersde_plan_call& call) {
+int read(PlanArgs& a, const ersde_plan_call& call) {
   a.num_steps = call.num_steps;
   a.sigmas = call.sigmas;
   a.alphas = call.alphas;
@@ -183,8 +183,10 @@ bool read(PlanArgs& a, const ersde_plan_call& call) {
   a.first_step = (uint32_t)call.first_step;
   a.table = call.table;
   a.schedule = call.schedule;
-  return (call.alphas || named(call.process, kProcesses, a.process)) && named(call.scaler, kScalers, a.scaler) &&
-         named(call.method, kMethods, a.method) && call.order >= 1 && call.order <= kMaxPredictions;
+  if (!call.alphas && !named(call.process, kProcesses, a.process)) return ersde_no_process;
+  if (!named(call.scaler, kScalers, a.scaler)) return ersde_no_scaler;
+  if (!named(call.method, kMethods, a.method)) return ersde_no_method;
+  return call.order >= 1 && call.order <= kMaxPredictions ? 0 : ersde_no_order;
 }
 
 }  // namespace
@@ -230,14 +232,14 @@ const char* ersde_kernel_name(int kernel) {
 
 int ersde_plan(const ersde_plan_call* call) {
   PlanArgs a{};
-  if (!read(a, *call)) return ersde_not_plain;
-  plan_cpu(a);
-  return 0;
+  const int answer = read(a, *call);
+  if (!answer) plan_cpu(a);
+  return answer;
 }
 
 int ersde_plan_cuda(const ersde_plan_call* call, ersde_device* device, void* stream) {
   PlanArgs a{};
-  if (!read(a, *call)) return ersde_not_plain;
+  if (const int answer = read(a, *call)) return answer;
   return launch(device, kPlanKernel, {(unsigned)a.num_steps, 1}, 32, &a, stream, false);
 }
 

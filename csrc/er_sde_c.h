@@ -40,6 +40,10 @@ enum ersde_answer {
   ersde_not_plain = 1,     // the call cannot be; nothing was written
   ersde_needs_kernel = 2,  // ersde_device.wanted is not loaded
   ersde_failed = 3,        // the driver refused the launch: ersde_device.error
+  ersde_no_process = 4,    // what a plan's name or number is not known of
+  ersde_no_scaler = 5,
+  ersde_no_method = 6,
+  ersde_no_order = 7,
 };
 
 // A CUDA device, for launches through its driver: what is loaded of its kernels.

@@ -29,6 +29,7 @@ from .base import FLOATS, MAX_DIMS
 
 VERSION = 1  # of csrc/er_sde_c.h
 NEEDS_KERNEL, FAILED = 2, 3  # answers
+UNKNOWN = {4: "process", 5: "noise_scaler.form", 6: "method", 7: "order"}
 PORTABLE, TORCH = 1, 2  # sources of noise, and the words behind them: seeds, seed, torch_threads, torch_offset
 NOTHING_DRAWN = (0,) * 5
 MASK = 2**64 - 1
@@ -143,6 +144,8 @@ class Library:
             return None
         if ring is not None and (len(history) != 1 or len(ring) != order):
             return None
+        if not (row or trusted) and len(history) < (order if rows[1] < 0 else min(order, rows[1] + 1)):
+            return None
 
         result, prediction = torch.empty_like(x) if out is None else out, None
         outputs = list(slot)
@@ -222,8 +225,10 @@ class Library:
             *(math.nan if value is None else value for value in (options.node_scale, options.s_noise)),
             -1 if options.guidance is None else options.guidance, table.data_ptr(), schedule.data_ptr(),
         )  # fmt: skip
-        if self.run_plan(call, sigmas.device):
-            raise ValueError(f"noise_scaler, process, method or order are not known to the kernels: {options}")
+        answer = self.run_plan(call, sigmas.device)
+        if answer in UNKNOWN:
+            argument, value = UNKNOWN[answer], (options.process, scaler.form, options.method, order)[answer - min(UNKNOWN)]
+            raise ValueError(f"{argument} must be one that the kernels know, got {value!r}")
         return table, schedule
 
     def run_plan(self, call: PlanCall, device: torch.device) -> int:
