@@ -75,7 +75,7 @@ WHEELS := build/wheels
 wheels:
 	rm -rf dist $(WHEELS) build/*_*64
 	python3 -m venv $(WHEELS)
-	$(WHEELS)/bin/pip install -q "setuptools>=77" wheel auditwheel ziglang==0.17.1
+	$(WHEELS)/bin/pip install -q "setuptools>=77" wheel auditwheel lief ziglang==0.17.1
 	for platform in manylinux2014_x86_64 manylinux2014_aarch64 macosx_11_0_arm64 win_amd64; do \
 		ERSDE_FAST_WHEEL=$$platform $(WHEELS)/bin/pip wheel -q --no-build-isolation --no-deps -w dist . || exit 1; \
 	done

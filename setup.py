@@ -82,7 +82,8 @@ def build_library(compiler, linker, temporary, folder):
     failed = [command for command, process in zip(commands, running, strict=True) if process.wait() != 0]
     if failed:
         raise SetupError(shlex.join(failed[0]))
-    subprocess.run([*linker, "-shared", STRIP, *objects, "-o", temporary / LIBRARY], check=True)
+    name = [f"-Wl,-install_name,@rpath/{LIBRARY}"] if PLATFORM == "mac" else []  # or the place where it was built
+    subprocess.run([*linker, "-shared", STRIP, *name, *objects, "-o", temporary / LIBRARY], check=True)
     shutil.copy(temporary / LIBRARY, folder)
     return objects[:-1]
 
