@@ -134,7 +134,7 @@ class Compiler:
     def _compile(self, expression: str, capability: tuple[int, int]) -> bytes:
         source = "er_sde_plan.cu" if "plan" in expression else "er_sde_step.cu"
         program, size, name = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_char_p()
-        self._call("CreateProgram", ctypes.byref(program), f'#include "{source}"'.encode(), source.encode(), 0, None, None)
+        self._call("CreateProgram", ctypes.byref(program), f'#include "{source}"'.encode(), b"kernel", 0, None, None)
         try:
             self._call("AddNameExpression", program, expression.encode())
             code = "CUBIN" if self._knows(capability) else "PTX"
