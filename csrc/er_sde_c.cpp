@@ -20,6 +20,7 @@ struct Step {
   StepArgs args{};
   View views[kMaxOperands];
   int count = 0;
+  int64_t batch = 1;
 };
 
 void add_operand(Step& s, Operand& o, const int64_t* tensor) {
@@ -60,7 +61,8 @@ bool read(Step& s, const int64_t* words, double scale) {
   const int64_t* whole = sizes + dims;
   const int64_t* tensor = whole + (call.sharded ? 2 * (dims - 1) : 0);
   const auto next_tensor = [&] { return std::exchange(tensor, tensor + 2 + dims); };
-  if (!set_rows(a.rows, call, dims ? sizes[0] : 1)) return false;
+  if (dims) s.batch = sizes[0];
+  if (!set_rows(a.rows, call, s.batch)) return false;
   a.rows.scale = scale;
   const double* row = call.row ? a.rows.row : nullptr;
   if (row && call.predicts && !std::isfinite(row[kPX])) return false;
@@ -108,6 +110,65 @@ bool read(Step& s, const int64_t* words, double scale) {
   a.batched = a.drawn.source == Noise::portable || a.rows.index_stride || a.rows.scales;
   if (a.numel == 0) return true;
   set_shape(a, s.views, s.count, sizes, dims, call.sharded ? Whole{whole, whole + dims - 1} : Whole{});
+  return true;
+}
+
+// ---- tensors of Python: the structures of DLPack 1 ----
+
+constexpr int32_t kOnCPU = 1, kOnCUDA = 2, kPinned = 3;
+
+struct Tensor {
+  void* data;
+  int32_t device_type, device_index, dims;
+  uint8_t type_code, bits;
+  uint16_t lanes;
+  int64_t *sizes, *strides;
+  uint64_t byte_offset;
+};
+struct ExchangeAPI {
+  uint32_t major, minor;
+  const void* older;
+  const void* others[3];  // that own what they give
+  int (*tensor_of_object)(void* object, Tensor* out);
+  int (*current_stream)(int32_t device_type, int32_t device_index, void** stream);
+};
+
+// -1 where a step has none of that type.
+int dtype_of(const Tensor& t) {
+  constexpr uint8_t kFloat = 2, kBFloat = 4;
+  if (t.lanes != 1) return -1;
+  if (t.type_code == kBFloat) return t.bits == 16 ? (int)DType::bfloat16 : -1;
+  if (t.type_code != kFloat) return -1;
+  return t.bits == 32 ? (int)DType::float32 : t.bits == 64 ? (int)DType::float64 : t.bits == 16 ? (int)DType::float16 : -1;
+}
+
+// The call with the words of each tensor; false where they differ in shape or device, or have too many dimensions.
+bool words_of(const int64_t* objects, const ExchangeAPI* api, int64_t* words) {
+  ersde_call call;
+  std::memcpy(&call, objects, sizeof call);
+  objects += sizeof call / sizeof(int64_t);
+  const int64_t count = 2 + call.predictions + call.guided + call.has_noise + call.predicts;
+  const auto device_of = [](const Tensor& t) { return t.device_type == kPinned ? kOnCPU : t.device_type; };
+  int64_t* next = words + sizeof call / sizeof(int64_t);
+  Tensor x;
+  for (int64_t k = 0; k < count; ++k) {
+    Tensor t;
+    if (api->tensor_of_object(reinterpret_cast<void*>(objects[k]), &t)) return false;
+    if (k == 0) {
+      x = t;
+      if (x.dims >= kMaxDims || count > kMaxOperands) return false;
+      call.dims = x.dims;
+      std::memcpy(words, &call, sizeof call);
+      next = std::copy_n(x.sizes, x.dims, next);
+      if (call.sharded) next = std::copy_n(objects + count, 2 * (x.dims - 1), next);
+    }
+    const int dtype = dtype_of(t);
+    if (dtype < 0 || t.dims != x.dims || !std::equal(t.sizes, t.sizes + t.dims, x.sizes)) return false;
+    if (device_of(t) != device_of(x) || t.device_index != x.device_index) return false;
+    *next++ = reinterpret_cast<int64_t>(t.data) + (int64_t)t.byte_offset;
+    *next++ = dtype;
+    next = std::copy_n(t.strides, t.dims, next);
+  }
   return true;
 }
 
@@ -196,7 +257,8 @@ int ersde_version(void) { return ERSDE_C_VERSION; }
 int ersde_step(const int64_t* call, double scale, int64_t begin, int64_t end) {
   Step s;
   if (!read(s, call, scale)) return ersde_not_plain;
-  for (int64_t b = 0; s.args.rows.index_stride && b < s.args.sizes[0]; ++b) {
+  if (begin == end) return 0;
+  for (int64_t b = 0; s.args.rows.index_stride && b < s.batch; ++b) {
     const double* row = row_of(s.args.rows, b);
     if (!row || std::isnan(row[kWX])) return ersde_not_plain;
   }
@@ -211,6 +273,25 @@ int ersde_step_cuda(const int64_t* call, double scale, ersde_device* device, voi
   const StepLaunch l = launch_of(s.args, (int)device->multiprocessors);
   const void* arguments = l.vectors ? static_cast<const void*>(&l.vector) : l.elements;
   return launch(device, kernel_of(l), l.grid, kThreads, arguments, stream, device->early != 0);
+}
+
+int ersde_words(const int64_t* objects, const void* api, int64_t* words) {
+  return words_of(objects, static_cast<const ExchangeAPI*>(api), words) ? 0 : ersde_not_plain;
+}
+
+int ersde_step_objects(const int64_t* objects, double scale, const void* api) {
+  int64_t words[ersde_most_words];
+  const int answer = ersde_words(objects, api, words);
+  return answer ? answer : ersde_step(words, scale, 0, -1);
+}
+
+int ersde_step_objects_cuda(const int64_t* objects, double scale, const void* api, ersde_device* device) {
+  int64_t words[ersde_most_words];
+  void* stream = nullptr;
+  const int answer = ersde_words(objects, api, words);
+  if (answer) return answer;
+  if (static_cast<const ExchangeAPI*>(api)->current_stream(kOnCUDA, (int32_t)device->index, &stream)) return ersde_not_plain;
+  return ersde_step_cuda(words, scale, device, stream);
 }
 
 const char* ersde_kernel_name(int kernel) {

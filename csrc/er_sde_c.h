@@ -50,7 +50,7 @@ enum ersde_answer {
 enum { ersde_kernels = 131 };
 struct ersde_device {
   void* launch;                    // the driver's cuLaunchKernelEx
-  int64_t multiprocessors, early;  // early: whether kernels may start while the one before ends
+  int64_t index, multiprocessors, early;  // early: whether kernels may start while the one before ends
   int64_t wanted, error;
   void* kernels[ersde_kernels];    // CUfunction, by the numbers of ersde_kernel_name
 };
@@ -62,6 +62,14 @@ ERSDE_API int ersde_step(const int64_t* call, double scale, int64_t begin, int64
 
 // The step on a CUDA device, whose context is current.
 ERSDE_API int ersde_step_cuda(const int64_t* call, double scale, struct ersde_device* device, void* stream);
+
+// The same for tensors that are Python's objects, which `api`, a DLPackExchangeAPI (DLPack 1), says all of. Behind the words of
+// ersde_call, whose dims are not read, comes then the address of each object, and behind them the whole sample. Who calls holds the
+// interpreter's lock. `words` takes the call that the functions above read, of at most ersde_most_words.
+enum { ersde_most_words = 256 };
+ERSDE_API int ersde_words(const int64_t* objects, const void* api, int64_t* words);
+ERSDE_API int ersde_step_objects(const int64_t* objects, double scale, const void* api);
+ERSDE_API int ersde_step_objects_cuda(const int64_t* objects, double scale, const void* api, struct ersde_device* device);
 
 // The expression in C++ that names a kernel of er_sde_step.cu (the last: of er_sde_plan.cu); the empty one where there is none.
 ERSDE_API const char* ersde_kernel_name(int kernel);

@@ -25,13 +25,15 @@ from torch.autograd import _profiler_enabled, forward_ad
 from torch.autograd.profiler import record_function
 
 from ..table import W_D, W_NOISE
-from .base import FLOATS, MAX_DIMS
+from .base import FLOATS
 
 VERSION = 1  # of csrc/er_sde_c.h
 NEEDS_KERNEL, FAILED = 2, 3  # answers
 UNKNOWN = {4: "process", 5: "noise_scaler.form", 6: "method", 7: "order"}
 PORTABLE, TORCH = 1, 2  # sources of noise, and the words behind them: seeds, seed, torch_threads, torch_offset
 NOTHING_DRAWN = (0,) * 5
+NO_RING = (0, 0)
+MOST_WORDS = 256
 MASK = 2**64 - 1
 GRAIN = 32768  # elements a thread takes at least: below, waking it costs more than it saves
 NUMBER = {dtype: number for number, dtype in enumerate(FLOATS)}
@@ -69,7 +71,6 @@ def load(folder: Path) -> tuple[ctypes.CDLL | None, str | None]:
     pointer, word, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
     for name, result, arguments in [
         ("step", integer, [pointer, real, word, word]),
-        ("step_cuda", integer, [pointer, real, pointer, pointer]),
         ("kernel_name", ctypes.c_char_p, [integer]),
         ("plan", integer, [pointer]),
         ("plan_cuda", integer, [pointer, pointer, pointer]),
@@ -89,11 +90,36 @@ class NotPlain(Exception):
     """That a step is none that the library runs as it was asked for."""
 
 
+class KernelError(RuntimeError):
+    """That a kernel could not be compiled or launched."""
+
+
 class Library:
     """The kernels for one type of device: functions with the arguments of the extension's, see csrc/step_call.h and csrc/binding.cpp."""
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
+        self.objects = ctypes.PyDLL(library._name)  # whose functions are called with the interpreter's lock
+        for name, arguments in [
+            ("words", [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]),
+            ("step_objects", [ctypes.c_char_p, ctypes.c_double, ctypes.c_void_p]),
+            ("step_objects_cuda", [ctypes.c_char_p, ctypes.c_double, ctypes.c_void_p, ctypes.c_void_p]),
+        ]:
+            getattr(self.objects, f"ersde_{name}").argtypes = arguments
+        pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        self.api = pointer_of(Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api")
+
+    def words(self, objects: bytes, factor: float) -> ctypes.Array:
+        """A call of objects as one of words.
+
+        Raises:
+            NotPlain: it cannot be run.
+        """
+        words = (ctypes.c_int64 * MOST_WORDS)()
+        if self.objects.ersde_words(objects, self.api, words) or self.library.ersde_step(words, factor, 0, 0):
+            raise NotPlain
+        return words
 
     def step(
         self, table, i, x, history, *, noise=None, generator=None, seed=None, draws=False, out=None, predicts=False,
@@ -106,78 +132,72 @@ class Library:
             return None
         if (noise is not None) + (generator is not None) + (seed is not None) > 1:
             return None
-        shape, index, grad = x.shape, x.get_device(), not trusted and torch.is_grad_enabled()
-
-        def words(tensor) -> tuple[int, ...]:
-            """What the library is told of a tensor."""
-            if type(tensor) not in PLAIN or tensor.shape != shape or tensor.get_device() != index or tensor.is_neg():
-                raise NotPlain
-            address = tensor.data_ptr()
-            if (grad and tensor.requires_grad) or not (address or tensor.is_cpu or tensor.is_cuda):
-                raise NotPlain
-            return (address, NUMBER[tensor.dtype], *tensor.stride())
-
         try:
             rows = _rows(table, i, x, ring)
             row, order = rows[0], rows[3] - W_D
-            inputs = [*words(x)]
-            for denoised in history if len(history) <= order else history[:order]:
-                inputs += words(denoised)
+            inputs = [x, *(history if len(history) <= order else history[:order])]
+            predictions = len(inputs) - 1
             factor, scales = 0.0, 0
             if unconditional is not None:
-                inputs += words(unconditional)
+                inputs.append(unconditional)
                 factor, scales = _scale(scale, x)
-            given = () if noise is None else words(noise)
-            into = () if out is None else words(out)
-            slot = () if ring is None else words(ring[0])
-            drawn, kept = NOTHING_DRAWN, None
+            if noise is not None:
+                inputs.append(noise)
+            grad = not trusted and torch.is_grad_enabled()
+            for tensor in inputs:
+                if type(tensor) not in PLAIN or tensor.is_neg() or (grad and tensor.requires_grad):
+                    return None
+            drawn = NOTHING_DRAWN
             torch_stream = False
             if seed is not None:
                 if draws:
-                    drawn, kept = _portable(seed, x.device)
+                    drawn, _seeds = _portable(seed, x.device)
             elif noise is None:
                 _check_generator(generator, x.device)
                 torch_stream = draws if not row else ctypes.c_double.from_address(row + 8 * W_NOISE).value != 0
-        except (NotPlain, KeyError, RuntimeError):  # another dtype; a tensor that has no memory of its own
+        except (NotPlain, RuntimeError):  # a tensor that has no memory of its own
             return None
-        if len(shape) >= MAX_DIMS or (torch_stream and isinstance(i, tuple)):
+        if torch_stream and isinstance(i, tuple):
             return None
         if ring is not None and (len(history) != 1 or len(ring) != order):
             return None
-        if not (row or trusted) and len(history) < (order if rows[1] < 0 else min(order, rows[1] + 1)):
+        if not (row or trusted) and predictions < (order if rows[1] < 0 else min(order, rows[1] + 1)):
             return None
 
         result, prediction = torch.empty_like(x) if out is None else out, None
-        outputs = list(slot)
-        if predicts and ring is None:
+        ring_words, outputs = NO_RING, (result,)
+        if ring is not None:
+            ring_words, outputs = (len(ring), ring.stride(0) * ring.element_size()), (ring[0], result)
+        elif predicts:
             prediction = torch.empty_like(x)
-            outputs += _words(prediction)
-        outputs += into or _words(result)
-        ring_words = (0, 0) if ring is None else (len(ring), ring.stride(0) * ring.element_size())
-        whole = [*(global_shape or ()), *(global_start or ())]
-        predictions = 1 if ring is not None else min(len(history), order)
+            outputs = (prediction, result)
+        whole = (*global_shape, *global_start) if global_shape else ()
 
-        def call(given: tuple, drawn: tuple) -> bytes:
+        def call() -> bytes:
             return packed(
-                len(shape), predictions, unconditional is not None, bool(given), predicts, 0, bool(global_shape), *rows, scales,
-                *ring_words, *drawn, *shape, *whole, *inputs, *given, *outputs,
+                0, predictions, unconditional is not None, noise is not None, predicts, 0, bool(whole), *rows, scales, *ring_words,
+                *drawn, *map(id, inputs), *map(id, outputs), *whole,
             )  # fmt: skip
 
-        if torch_stream and x.numel():
-            if self.library.ersde_step(call(given, drawn), factor, 0, 0):  # before a generator advances
-                return None
-            try:
+        try:
+            if torch_stream and x.numel():
+                self.words(call(), factor)  # raises before a generator advances
                 drawn = self.take_torch_stream(x, generator, torch_layout)
-            except NotPlain:
-                return None
-            if drawn is None:
-                kept = torch.randn(shape, dtype=x.dtype, device=x.device, generator=generator)
-                given, drawn = _words(kept), NOTHING_DRAWN
-        if _profiler_enabled():
-            with record_function("ersde_fast::step"):
-                answer = self.run(call(given, drawn), factor, x)
-        else:
-            answer = self.run(call(given, drawn), factor, x)
+        except (NotPlain, RuntimeError):  # DLPack's, of tensors without memory of their own
+            return None
+        if drawn is None:
+            noise, drawn = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), NOTHING_DRAWN
+            inputs.append(noise)
+        try:
+            if _profiler_enabled():
+                with record_function("ersde_fast::step"):
+                    answer = self.run(call(), factor, x)
+            else:
+                answer = self.run(call(), factor, x)
+        except KernelError:
+            raise
+        except (NotPlain, RuntimeError):
+            return None
         if answer:
             return None
         return result if prediction is None else (result, prediction)
@@ -206,10 +226,8 @@ class Library:
     def fill(self, out: Tensor, drawn: tuple, step: int = 0) -> None:
         """Fills a contiguous tensor: a step of one term whose weight is 0, so that the kernels for one term serve."""
         row = array("d", [step, 0, 0, 1, 0])
-        tensor = _words(out)
         rows = (row.buffer_info()[0], 0, 0, len(row), 1, 1, 0, 0, 0)
-        call = packed(out.dim(), 0, 0, 0, 0, 1, 0, *rows, 0, 0, 0, *drawn, *out.shape, *tensor, *tensor)
-        self.run(call, 0.0, out)
+        self.run(packed(0, 0, 0, 0, 0, 1, 0, *rows, 0, *NO_RING, *drawn, id(out), id(out)), 0.0, out)
 
     def plan(self, sigmas: Tensor, alphas: Tensor | None, options, orders: Tensor | None) -> tuple[Tensor, Tensor]:
         num_steps, order, scaler = len(sigmas) - 1, max(options.orders), options.noise_scaler
@@ -242,10 +260,10 @@ class CPULibrary(Library):
     has = staticmethod(attrgetter("is_cpu"))
 
     def run(self, call, factor, x):
-        step = self.library.ersde_step
         if x.numel() <= GRAIN:
-            return step(call, factor, 0, -1)
-        return max(_in_threads(x.numel(), lambda begin, end: step(call, factor, begin, end)))
+            return self.objects.ersde_step_objects(call, factor, self.api)
+        words, step = self.words(call, factor), self.library.ersde_step
+        return max(_in_threads(x.numel(), lambda begin, end: step(words, factor, begin, end)))
 
     def run_plan(self, call, device):
         return self.library.ersde_plan(ctypes.byref(call))
@@ -283,10 +301,6 @@ def packed(*words: int) -> bytes:
 def signed(word: int) -> int:
     """64 bits as a signed number."""
     return (word + 2**63 & MASK) - 2**63
-
-
-def _words(tensor: Tensor) -> tuple[int, ...]:
-    return (tensor.data_ptr(), NUMBER[tensor.dtype], *tensor.stride())
 
 
 def _is_unwatched() -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..noise import TORCH_PIECE
-from .library import FAILED, NEEDS_KERNEL, NUMBER, TORCH, Library, NotPlain, signed
+from .library import FAILED, NEEDS_KERNEL, NUMBER, TORCH, KernelError, Library, NotPlain, signed
 
 KERNELS, PLAN_KERNEL = 131, 130  # of csrc/er_sde_c.h
 INVALID_CONTEXT = 201  # a thread that has made none of the driver's contexts its own
@@ -32,7 +32,7 @@ class Device(ctypes.Structure):
 
     _fields_ = [
         ("launch", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("multiprocessors", "early", "wanted", "error")),
+        *((name, ctypes.c_int64) for name in ("index", "multiprocessors", "early", "wanted", "error")),
         ("kernels", ctypes.c_void_p * KERNELS),
     ]
 
@@ -134,7 +134,7 @@ class Compiler:
     def _compile(self, expression: str, capability: tuple[int, int]) -> bytes:
         source = "er_sde_plan.cu" if "plan" in expression else "er_sde_step.cu"
         program, size, name = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_char_p()
-        self._call("CreateProgram", ctypes.byref(program), f'#include "{source}"'.encode(), source.encode(), 0, None, None)
+        self._call("CreateProgram", ctypes.byref(program), f'#include "{source}"'.encode(), b"kernel", 0, None, None)
         try:
             self._call("AddNameExpression", program, expression.encode())
             code = "CUBIN" if self._knows(capability) else "PTX"
@@ -149,7 +149,7 @@ class Compiler:
                 self._call("GetProgramLogSize", program, ctypes.byref(size))
                 log = ctypes.create_string_buffer(size.value)
                 self._call("GetProgramLog", program, log)
-                raise RuntimeError(f"ersde_fast: NVRTC {self.version} did not compile {expression}: {log.value.decode()}")
+                raise KernelError(f"ersde_fast: NVRTC {self.version} did not compile {expression}: {log.value.decode()}")
             self._call(f"Get{code}Size", program, ctypes.byref(size))
             binary = ctypes.create_string_buffer(size.value)
             self._call(f"Get{code}", program, binary)
@@ -175,7 +175,7 @@ class Compiler:
 
     def _call(self, function: str, *arguments) -> None:
         if error := getattr(self.nvrtc, f"nvrtc{function}")(*arguments):
-            raise RuntimeError(f"ersde_fast: nvrtc{function}: {self.nvrtc.nvrtcGetErrorString(error).decode()}")
+            raise KernelError(f"ersde_fast: nvrtc{function}: {self.nvrtc.nvrtcGetErrorString(error).decode()}")
 
 
 def cache_folder() -> Path:
@@ -218,7 +218,7 @@ class CUDALibrary(Library):
     def __init__(self, library: ctypes.CDLL, driver: ctypes.CDLL, compiler: Compiler):
         super().__init__(library)
         self.driver, self.compiler = driver, compiler
-        self._devices: dict[int, Device] = {}
+        self._devices: dict[int, tuple[int, Device]] = {}  # and its address
         self._streams: dict[int, int] = {}  # what is known of torch's stream on each device
         self._lock = threading.Lock()
 
@@ -227,35 +227,36 @@ class CUDALibrary(Library):
         return x.is_cuda
 
     def run(self, call, factor, x):
-        return self._launch(self.library.ersde_step_cuda, x.get_device(), call, factor)
+        return self._launch(x.get_device(), self.objects.ersde_step_objects_cuda, call, factor, self.api)
 
     def run_plan(self, call, device):
-        return self._launch(self.library.ersde_plan_cuda, device.index, ctypes.byref(call))
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return self._launch(device.index, lambda *of: self.library.ersde_plan_cuda(*of, stream), ctypes.byref(call))
 
-    def _launch(self, function, index: int, *arguments) -> int:
+    def _launch(self, index: int, function, *arguments) -> int:
         """What the library answers to a call, whose kernel it may ask for first."""
         if torch._C._cuda_getDevice() != index:
             with torch.cuda.device(index):
-                return self._launch(function, index, *arguments)
-        device = self._devices.get(index) or self._new_device(index)
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        while answer := function(*arguments, ctypes.addressof(device), stream):
+                return self._launch(index, function, *arguments)
+        address, device = self._devices.get(index) or self._new_device(index)
+        while answer := function(*arguments, address):
             if answer == NEEDS_KERNEL:
                 self._load_kernel(index, device)
             elif answer == FAILED and device.error == INVALID_CONTEXT:
                 self._make_context_current(index)
                 device.error = 0
             elif answer == FAILED:
-                raise RuntimeError(f"ersde_fast: the CUDA kernel could not be launched: {self._error(device.error)}")
+                raise KernelError(f"ersde_fast: the CUDA kernel could not be launched: {self._error(device.error)}")
             else:
                 return answer
         return 0
 
-    def _new_device(self, index: int) -> Device:
+    def _new_device(self, index: int) -> tuple[int, Device]:
         properties = torch.cuda.get_device_properties(index)
         launch = ctypes.cast(self.driver.cuLaunchKernelEx, ctypes.c_void_p).value
         early = properties.major >= 9
-        return self._devices.setdefault(index, Device(launch, properties.multi_processor_count, early))
+        device = Device(launch, index, properties.multi_processor_count, early)
+        return self._devices.setdefault(index, (ctypes.addressof(device), device))
 
     def _load_kernel(self, index: int, device: Device) -> None:
         with self._lock:
@@ -281,7 +282,7 @@ class CUDALibrary(Library):
 
     def _call(self, function: str, *arguments) -> None:
         if error := getattr(self.driver, function)(*arguments):
-            raise RuntimeError(f"ersde_fast: {function}: {self._error(error)}")
+            raise KernelError(f"ersde_fast: {function}: {self._error(error)}")
 
     def _error(self, number: int) -> str:
         said = ctypes.c_char_p()
