@@ -190,6 +190,8 @@ struct LaunchConfig {
 };
 using LaunchKernelEx = int (*)(const LaunchConfig*, void* function, void** arguments, void** extra);
 
+using CaptureInfo = int (*)(void* stream, int* status, uint64_t* id, void** graph, const void** nodes, const void** edges, size_t* count);
+
 constexpr int kProgrammaticStreamSerialization = 6;
 constexpr const char* kVectorTypes[] = {"float", "__nv_bfloat16", "__half"};
 constexpr const char* kSources[] = {"none", "portable", "torch"};
@@ -202,6 +204,15 @@ int kernel_of(const StepLaunch& l) {
   return ((type * kMaxTerms + l.terms - 1) * 3 + (int)l.source) * 2 + l.predicts;
 }
 
+// As has_a_kernel_before of er_sde_launch.h.
+bool has_a_kernel_before(const ersde_device* device, void* stream) {
+  int capturing = 0;
+  const void *nodes, *edges;
+  size_t count = 0;
+  const auto capture_info = reinterpret_cast<CaptureInfo>(device->capture_info);
+  return !capture_info(stream, &capturing, nullptr, nullptr, &nodes, &edges, &count) && (!capturing || count > 0);
+}
+
 int launch(ersde_device* device, int kernel, const unsigned (&grid)[2], unsigned threads, const void* arguments, void* stream, bool early) {
   if (!device->kernels[kernel]) {
     device->wanted = kernel;
@@ -210,6 +221,7 @@ int launch(ersde_device* device, int kernel, const unsigned (&grid)[2], unsigned
   LaunchAttribute attribute{};
   attribute.id = kProgrammaticStreamSerialization;
   attribute.allowed = 1;
+  early = early && has_a_kernel_before(device, stream);
   const LaunchConfig config{{grid[0], grid[1], 1}, {threads, 1, 1}, 0, stream, &attribute, early ? 1u : 0u};
   void* parameters[] = {const_cast<void*>(arguments)};
   const int error = reinterpret_cast<LaunchKernelEx>(device->launch)(&config, device->kernels[kernel], parameters, nullptr);

@@ -49,7 +49,7 @@ enum ersde_answer {
 // A CUDA device, for launches through its driver: what is loaded of its kernels.
 enum { ersde_kernels = 131 };
 struct ersde_device {
-  void* launch;                    // the driver's cuLaunchKernelEx
+  void *launch, *capture_info;     // the driver's cuLaunchKernelEx and cuStreamGetCaptureInfo_v3
   int64_t index, multiprocessors, early;  // early: whether kernels may start while the one before ends
   int64_t wanted, error;
   void* kernels[ersde_kernels];    // CUfunction, by the numbers of ersde_kernel_name

@@ -34,6 +34,7 @@ PORTABLE, TORCH = 1, 2  # sources of noise, and the words behind them: seeds, se
 NOTHING_DRAWN = (0,) * 5
 NO_RING = (0, 0)
 MOST_WORDS = 256
+FORMATS = [f"{count}q" for count in range(MOST_WORDS)]
 MASK = 2**64 - 1
 GRAIN = 32768  # elements a thread takes at least: below, waking it costs more than it saves
 NUMBER = {dtype: number for number, dtype in enumerate(FLOATS)}
@@ -295,7 +296,7 @@ class CPULibrary(Library):
 
 
 def packed(*words: int) -> bytes:
-    return struct.pack(f"{len(words)}q", *words)
+    return struct.pack(FORMATS[len(words)], *words)
 
 
 def signed(word: int) -> int:
@@ -316,6 +317,8 @@ def _is_unwatched() -> bool:
 def _rows(table: Tensor, i, x: Tensor, ring: Tensor | None) -> tuple[int, ...]:
     """The words from `row` to `index_stride`: see set_rows of binding.cpp."""
     *num_plans, num_steps, columns = table.shape
+    if type(i) is int and ring is None and not num_plans and table.is_cpu and 0 <= i < num_steps:
+        return (table.data_ptr() + 8 * columns * i, i, 0, columns, 1, num_steps, 0, 0, 0)
     if isinstance(i, tuple):
         if len(i) != 2 or not num_plans or table.device != x.device:
             raise NotPlain
@@ -367,7 +370,7 @@ def _scale(scale, x: Tensor) -> tuple[float, int]:
 
 def _portable(seed, device: torch.device) -> tuple[tuple[int, ...], Tensor | None]:
     """The words of the portable stream, and the table that they point to."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if type(seed) is int:
         return (PORTABLE, 0, signed(seed), 0, 0), None
     if type(seed) not in PLAIN:
         raise NotPlain
