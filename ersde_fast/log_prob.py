@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .noise import has_values
+from .noise import float64_device, has_values
 from .plan import Plan, PlanStack
 from .reference import linear_combination, prediction, row_of_request
 from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_like, checked, known_row, model_output
@@ -38,14 +38,14 @@ def step_log_prob(
         float64 [batch] on the device of x; [] for a 0-d x.
 
     Raises:
-        ValueError: where the step adds no noise, so that its result has no density; as NaN where only the device knows.
+        ValueError: where the device has no float64; where the step adds no noise, so that its result has no density; as NaN where only the device knows.
     """
     output = OutputArguments(prediction_type, guidance)
     if torch.compiler.is_dynamo_compiling():
         return log_prob(StepRequest(plan.predicting(prediction_type), i, x, history, output=model_output(output)), x_next)
     request = checked(plan, i, x, history, output=output)
     check_like("x_next", x_next, x)
-    check_log_prob(plan, i)
+    check_log_prob(plan, i, x)
     return log_prob(request, x_next)
 
 
@@ -66,8 +66,10 @@ def log_prob(request: StepRequest, x_next: Tensor) -> Tensor:
     return density.reshape(x.shape[:1])
 
 
-def check_log_prob(plan, i) -> None:
-    """Raises where a step is known to add no noise."""
+def check_log_prob(plan, i, x: Tensor) -> None:
+    """Raises where a step is known to add no noise, and where there is no float64."""
+    if float64_device(x.device) != x.device:
+        raise ValueError(f"log_prob is computed in float64, which {x.device} has not: move x and the predictions to the CPU")
     silent = None if plan.draws else "the plan"
     if row := known_row(plan, i):
         silent = f"step {int(i)}" if row.w_noise == 0 else None

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import choose
-from .noise import Portable, TorchStream, seed_table
+from .noise import Portable, TorchStream, float64_device, seed_table
 from .reference import look_up, per_sample, table_for
 from .request import ModelOutput, StepRequest
 from .table import W_D, W_NOISE, Row, Table
@@ -209,7 +209,7 @@ def _weighted(terms, dtype: torch.dtype) -> Tensor | None:
     if not terms:
         return None
     exact = torch.float64 if torch.float64 in (dtype, *(t.dtype for _, t in terms)) else torch.float32
-    return sum(w.to(exact) * t.to(exact) for w, t in terms).to(dtype)
+    return sum(w.to(exact).to(t.device) * t.to(exact) for w, t in terms).to(dtype)
 
 
 class _Step(torch.autograd.function._SingleLevelFunction):
@@ -291,7 +291,7 @@ def _batched(operator, info, in_dims, *arguments):
     step_index = numbers(call.step_index, dims.step_index)
     if step_index.dim() == 1 and plan_index is None:
         step_index = step_index.to(call.x.device)
-        table, plan_index = table.to(call.x.device)[None], torch.zeros_like(step_index)
+        table, plan_index = table.to(float64_device(call.x.device))[None], torch.zeros_like(step_index)
     whole = call._replace(
         table=table,
         plan_index=plan_index,

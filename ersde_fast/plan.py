@@ -272,7 +272,7 @@ def _schedule(name: str, values, device: torch.device, largest: float) -> Tensor
         if values.is_complex() or values.layout != torch.strided:
             raise TypeError(f"they are {values.dtype}, {values.layout}")
         as_it_is = device != CPU and values.dtype in (torch.float32, torch.float64)
-        schedule = values.detach().to(device, values.dtype if as_it_is else torch.float64, copy=device == CPU)
+        schedule = values.detach().to(device).to(values.dtype if as_it_is else torch.float64, copy=device == CPU)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a list, array or tensor of real numbers, got {type(values).__name__}: {error}"

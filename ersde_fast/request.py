@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from .backends.base import FLOATS
-from .noise import MAX_POSITIONS, TORCH_PIECE, Portable, Seed, TorchStream, check_torch_layout, has_values, seeds_of
+from .noise import (
+    MAX_POSITIONS,
+    TORCH_PIECE,
+    Portable,
+    Seed,
+    TorchStream,
+    check_torch_layout,
+    float64_device,
+    has_values,
+    seeds_of,
+)
 from .plan import Plan, PlanStack
 from .predictions import PREDICTION_TYPES
 from .table import W_D, W_X, Row, Table
@@ -238,7 +248,7 @@ def _check_output(row: Row | None, i, x: Tensor, output: OutputArguments) -> Non
             raise ValueError(
                 f"guidance[1] must be a number or float64 [{batch}], one for each sample, got {scale.dtype} {tuple(scale.shape)}"
             )
-        _check_device("guidance[1]", scale, x.device)
+        _check_device("guidance[1]", scale, float64_device(x.device))
     elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
         raise TypeError(f"guidance[1] must be a finite number or float64 [batch], got {scale!r}")
 

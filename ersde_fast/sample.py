@@ -108,7 +108,7 @@ def with_newest(denoised: Tensor, history: list[Tensor], plan: Plan) -> list[Ten
 
 def levels_of(plan: Plan, x: Tensor) -> Tensor:
     """The sigmas that a model of x sees, [num_steps + 1]: at least float32, since a half-precision sigma would be another time."""
-    return plan.sigmas.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    return plan.sigmas.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
 
 
 @torch.no_grad()

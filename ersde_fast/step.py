@@ -124,7 +124,7 @@ def fast_step(
             "seed or noise is needed where samples follow plans of their own: torch's stream would tie them together"
         )
     if return_log_prob:
-        check_log_prob(plan, i)
+        check_log_prob(plan, i, x)
         if out is not None:
             raise ValueError("out must not be given with return_log_prob: it could overwrite what the density depends on")
     return _and_log_prob(step_of(request, backend), request, return_log_prob)

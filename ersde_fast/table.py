@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .noise import float64_device
 from .predictions import PREDICTION_TYPES, Factors
 
 # What every row holds, and then w_d[0] ... w_d[order - 1].
@@ -115,6 +116,8 @@ class Table:
 
     def to(self, device: torch.device | str):
         """The same with its tensors on a device, for steps whose index lies there; made once for each device."""
+        if float64_device(torch.device(device)) != torch.device(device):
+            raise TypeError(f"a plan is float64, which {device} has not: leave it on the CPU, where steps on {device} find it")
         device = torch.empty(0, device=device).device  # with its index
         if device == self.table.device:
             return self

@@ -375,7 +375,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"sigmas must stay a tensor of {len(self._levels)} levels, got {self.sigmas!r}: use set_timesteps(sigmas=)"
             )
-        written, shown = self.sigmas.to("cpu", torch.float64), self._shown(self._levels)
+        written, shown = self.sigmas.cpu().double(), self._shown(self._levels)
         if (written != shown.to(self.sigmas.dtype).double()).any():
             levels = 1 - written if self.config.invert_sigmas else written
             plan = self._plan_of(levels)
