@@ -24,7 +24,7 @@ from .backends import BACKENDS, Backend
 from .choice import NODE_SCALE, ORDER, UNTOLD
 from .noise_scaler import AnyNoiseScaler, NoiseScaler, get_noise_scaler, nonnegative
 from .table import COUNTER, P_M, W_D, W_NOISE, Row, Table
-from .weights import CPU, EPS, Levels, Method, PlanOptions, Process, fill_weights
+from .weights import CPU, EPS, Eta, Levels, Method, PlanOptions, Process, each_eta, fill_weights
 
 MAX_ORDER: dict[Method, int] = {"taylor": 3, "newton": 5}
 
@@ -67,7 +67,8 @@ class Plan(Table, PlanOptions):
         """
         if not 0 <= i < self.num_steps:
             raise ValueError(f"i must be 0 to {self.num_steps - 1} (the plan has {self.num_steps} steps), got {i}")
-        options = replace(self.options, orders=self.orders[i:], first_step=self.first_step + i)
+        eta = self.eta if isinstance(self.eta, float) else self.eta[i:]
+        options = replace(self.options, orders=self.orders[i:], eta=eta, first_step=self.first_step + i)
         return _build(self.sigmas[i:], None if self.process else self.alphas[i:], options)
 
     def check(self) -> None:
@@ -79,7 +80,8 @@ class Plan(Table, PlanOptions):
             ValueError: what `er_sde_plan` says of the same schedule on the host.
         """
         alphas = None if self.process else self.alphas.to(CPU)
-        _build_by_torch(self.sigmas.to(CPU, torch.float64), alphas, self.options)
+        options = replace(self.options, eta=_checked_eta(self.eta, self.num_steps, CPU))
+        _build_by_torch(self.sigmas.to(CPU, torch.float64), alphas, options)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -142,7 +144,7 @@ def er_sde_plan(
     node_scale: float | None = None,
     integration_points: int | None = None,
     s_noise: float = 1.0,
-    eta: float = 1.0,
+    eta: float | Sequence[float] | np.ndarray | Tensor = 1.0,
     guidance: float | None = None,
 ) -> Plan:
     """Builds the weights of an ER-SDE sampling run.
@@ -176,6 +178,8 @@ def er_sde_plan(
         s_noise: multiplies the noise.
         eta: the strength of the noise scaler, at least 0: log(phi(l) / l) grows by eta times as much. 0 is the ODE, whatever
             the scaler; "sde" at eta is "reverse_time_sde(eta)". The marginals stay those of the process, unlike with s_noise.
+            Or one number for each step, [num_steps]: with 0 outside a window only the steps in it add noise. A tensor on the
+            device of sigmas is read there, and what is wrong with it is NaN in the rows concerned.
         guidance: the scale of the model's classifier-free guidance, 1 for none, for which order and node_scale are chosen. Above
             er_lambda 1 guidance multiplies what extrapolation amplifies, so from guidance 2 on steps there have order 2, and a
             node_scale that grows with guidance and with the step, 4 guidance er_lambda_s / er_lambda_t; all others have order 3
@@ -215,9 +219,11 @@ def er_sde_plan(
             raise ValueError(f'integration_points needs method="taylor", got {integration_points!r} with method="{method}"')
         if not _is_int(integration_points) or not 1 <= integration_points <= 10**6:
             raise ValueError(f"integration_points must be None or a whole number from 1 to 10^6, got {integration_points!r}")
-    s_noise, eta = nonnegative("s_noise", s_noise), nonnegative("eta", eta)
+    s_noise = nonnegative("s_noise", s_noise)
     noise_scaler = get_noise_scaler(noise_scaler)
-    device = CPU
+    device, given_on = CPU, sigmas.device if isinstance(sigmas, Tensor) else CPU
+    if isinstance(eta, Tensor) and eta.device not in (CPU, given_on):
+        raise ValueError(f"eta must be on the CPU or where sigmas are, {given_on}, got {eta.device}: use eta.to(sigmas.device)")
     if isinstance(sigmas, Tensor) and _builder(sigmas.device, noise_scaler) is not None:
         device = sigmas.device
     sigmas = _schedule("sigmas", sigmas, device, MAX_SIGMA.get(process if alphas is None else None, math.inf))
@@ -233,7 +239,7 @@ def er_sde_plan(
         node_scale=float(node_scale) if named else None,
         integration_points=integration_points,
         s_noise=s_noise,
-        eta=eta,
+        eta=_checked_eta(eta, len(sigmas) - 1, device),
         guidance=guidance,
     )
     return _build(sigmas, alphas, options)
@@ -252,7 +258,7 @@ MAX_SIGMA: dict[Process, float] = {"vp": 1.0, "flow": 1.0}
 
 
 def on_host(values: Any) -> Any:
-    """A schedule on the CPU; what is none stays as it is, for er_sde_plan to refuse."""
+    """An argument of er_sde_plan on the CPU; what is no tensor stays as it is."""
     return values.cpu() if isinstance(values, Tensor) and not values.is_meta else values
 
 
@@ -314,6 +320,23 @@ def _orders(order, num_steps: int, method: Method) -> tuple[int, ...]:
     return tuple(int(o) for o in orders)
 
 
+def _checked_eta(eta: Any, num_steps: int, device: torch.device) -> Eta:
+    """The eta argument for a plan on a device: a number, one for each step, or a tensor where only the device knows them."""
+    if isinstance(eta, (Tensor, np.ndarray)):
+        if eta.shape != (num_steps,):
+            raise ValueError(f"eta must be a number or have shape ({num_steps},), one for each step, got {tuple(eta.shape)}")
+        if isinstance(eta, Tensor) and eta.device == device != CPU:
+            if eta.is_complex():
+                raise TypeError(f"eta must be real, got {eta.dtype}")
+            return eta.detach().to(torch.float64, copy=True)
+        eta = eta.tolist()
+    if not isinstance(eta, (list, tuple)):
+        return nonnegative("eta", eta)
+    if len(eta) != num_steps:
+        raise ValueError(f"eta must be one number or {num_steps}, one for each step, got {len(eta)}")
+    return tuple(nonnegative(f"eta[{step}]", strength) for step, strength in enumerate(eta))
+
+
 @torch.inference_mode(False)
 def _build(sigmas: Tensor, alphas: Tensor | None, options: PlanOptions) -> Plan:
     """The plan of a schedule, `alphas` or `process` given: by a kernel where one can, else, and to say what is wrong, here."""
@@ -355,7 +378,8 @@ def _build_by_torch(sigmas: Tensor, alphas: Tensor | None, options: PlanOptions)
             f"sigmas must not rise: er_lambda = sigma / alpha goes from {er_lambdas[at - 1].item()} at index {at - 1} "
             f"to {er_lambdas[at].item()} at index {at}; sort the schedule from noise to data"
         )
-    if math.isinf(er_lambdas[0]) and not math.isinf(er_lambdas[-1]) and not noise_scaler.at_infinity and options.eta:
+    leaves_infinity = er_lambdas[:-1].isinf() & ~er_lambdas[1:].isinf()
+    if not noise_scaler.at_infinity and (leaves_infinity & (each_eta(options.eta, len(repeated), CPU) != 0)).any():
         raise ValueError(
             f"noise_scaler {noise_scaler.name} has no limit at er_lambda = inf, where the schedule starts (alpha = 0): "
             f"start it below, with sigmas[0] < 1, or use another noise_scaler"
@@ -378,10 +402,13 @@ def _check_levels(name: str, levels: Tensor) -> None:
 def _build_by_kernel(sigmas: Tensor, alphas: Tensor | None, options: PlanOptions) -> Plan:
     """The plan of a named scaler, where sigmas lie, by csrc/er_sde_plan.h: nothing waits for a device, and a step that cannot be
     is a row of NaN."""
-    table, schedule = _builder(sigmas.device, options.noise_scaler).plan(sigmas, alphas, options)
+    eta = options.eta
+    there = options if isinstance(eta, float) else replace(options, eta=each_eta(eta, len(sigmas) - 1, sigmas.device))
+    table, schedule = _builder(sigmas.device, options.noise_scaler).plan(sigmas, alphas, there)
     if sigmas.device == CPU:
         draws = bool((table[:, W_NOISE] != 0).any())
     else:
-        draws = options.s_noise != 0 and options.noise_scaler.strength * options.eta != 0
+        draws = options.s_noise != 0 and options.noise_scaler.strength != 0
+        draws = draws and (isinstance(eta, Tensor) or (any(eta) if isinstance(eta, tuple) else eta != 0))
     sigmas, alphas, er_lambdas = schedule
     return Plan(sigmas=sigmas, alphas=alphas, er_lambdas=er_lambdas, table=table, draws=draws, **vars(options))
