@@ -1,6 +1,6 @@
 """`sample_er_sde`: the sampling loop, with the arguments and conventions of k-diffusion's and ComfyUI's samplers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ def sample_er_sde(
     method: Method | None = None,
     node_scale: float | None = None,
     integration_points: int | None = None,
-    eta: float = 1.0,
+    eta: float | Sequence[float] | Tensor = 1.0,
     guidance: float | None = None,
     generator: torch.Generator | None = None,
     seed: Seed | None = None,
@@ -73,7 +73,7 @@ def sample_er_sde(
         node_scale=node_scale,
         integration_points=integration_points,
         s_noise=s_noise,
-        eta=eta,
+        eta=on_host(eta),
         guidance=guidance,
     )
     return sample_plan(plan, model, x, extra_args, callback, disable, Source(noise_sampler, generator, seed))

@@ -39,7 +39,7 @@ def er_sde_sampler(
     method: str | None = None,
     node_scale: float | None = None,
     s_noise: float = 1.0,
-    eta: float = 1.0,
+    eta: float | Sequence[float] | Tensor = 1.0,
     guidance: float | None = None,
 ) -> Tensor:
     """In the place of EDM's `edm_sampler`, with its arguments.
