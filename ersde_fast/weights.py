@@ -29,7 +29,8 @@ _GAUSS_X, _GAUSS_W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggau
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PlanOptions:
-    """What a plan is made with beside its levels; checked.
+    """What a plan is made with beside its levels; checked. Of a plan whose weights were given all is None but process, orders and
+    first_step.
 
     Attributes:
         process: where the alphas come from; None where they are given.
@@ -46,12 +47,12 @@ class PlanOptions:
 
     process: Process | None
     orders: tuple[int, ...]
-    noise_scaler: NoiseScaler
-    method: Method
+    noise_scaler: NoiseScaler | None
+    method: Method | None
     node_scale: float | None
     integration_points: int | None
-    s_noise: float
-    eta: Eta
+    s_noise: float | None
+    eta: Eta | None
     guidance: float | None
     first_step: int = 0
 
