@@ -56,6 +56,9 @@ class Plan(Table, PlanOptions):
     def levels(self) -> tuple[Tensor, Tensor]:
         return self.alphas[:-1], self.sigmas[:-1]
 
+    def data_std(self) -> Tensor | None:
+        return None if self.sigma_data is None else torch.full_like(self.alphas[:-1], self.sigma_data)
+
     @property
     def options(self) -> PlanOptions:
         return PlanOptions(**{f.name: getattr(self, f.name) for f in fields(PlanOptions)})
@@ -80,8 +83,9 @@ class Plan(Table, PlanOptions):
     def _given_from(self, i: int) -> "Plan":
         """`starting_at` of a plan whose weights were given, which are not made anew."""
         weights, sigmas, alphas = (values[i:].to(CPU) for values in (self.weights, self.sigmas, self.alphas))
+        schedules = sigmas, None if self.process else alphas, self.process
         try:
-            rest = _of_weights(weights, sigmas, None if self.process else alphas, self.process, self.first_step + i)
+            rest = _of_weights(weights, *schedules, self.first_step + i, self.sigma_data)
         except ValueError as error:
             raise ValueError(f"i must be a step from which on no older prediction is read, got {i}: {error}") from None
         return rest.to(self.table.device)
@@ -107,6 +111,7 @@ class Plan(Table, PlanOptions):
         sigmas: Tensor | Sequence[float] | np.ndarray,
         alphas: Tensor | Sequence[float] | np.ndarray | None = None,
         process: Process = "ve",
+        sigma_data: float | None = None,
     ) -> "Plan":
         """The plan of weights of one's own: any linear multistep step runs on the fused kernels, with noise, graphs, batches and
         log-densities. It lies on the CPU; `plan.to(device)` moves it.
@@ -115,13 +120,15 @@ class Plan(Table, PlanOptions):
             weights: [num_steps, order + 2], columns w_x | w_d[0] ... w_d[order - 1] | w_noise, order 1 to 5; any device and real
                 dtype, taken as float64.
             sigmas, alphas, process: the levels, as in `er_sde_plan`: what a model is asked at, and its output is read by.
+            sigma_data: see there.
 
         Raises:
             ValueError, TypeError: naming the argument, its value and the remedy; for a step that reads predictions from before the
                 run, too.
         """
         weights, _ = _real("weights", weights, CPU)
-        return _of_weights(weights, *_schedules(on_host(sigmas), on_host(alphas), process, CPU))
+        schedules = _schedules(on_host(sigmas), on_host(alphas), process, CPU)
+        return _of_weights(weights, *schedules, sigma_data=_checked_sigma_data(sigma_data))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the plan into a safetensors file, whole or not at all: its weights to the bit, its levels, and what it was made with.
@@ -156,10 +163,12 @@ class PlanStack(Table):
         weights: float64 tensor [num_plans, num_steps, order + 2]; a row behind a shorter plan's last is NaN.
         draws: whether any step of any plan adds noise.
         alphas, sigmas: float64 [num_plans, num_steps], where each step starts.
+        sigma_data: of each plan.
     """
 
     alphas: Tensor
     sigmas: Tensor
+    sigma_data: tuple[float | None, ...]
 
     @property
     def num_plans(self) -> int:
@@ -172,6 +181,11 @@ class PlanStack(Table):
 
     def levels(self) -> tuple[Tensor, Tensor]:
         return self.alphas, self.sigmas
+
+    def data_std(self) -> Tensor | None:
+        if None in self.sigma_data:
+            return None
+        return torch.tensor(self.sigma_data, dtype=torch.float64, device=self.table.device)[:, None]
 
 
 @torch.inference_mode(False)  # or what is made under inference mode cannot be trained with
@@ -195,7 +209,8 @@ def stack_plans(plans: Sequence[Plan]) -> PlanStack:
         n, columns = plan.table.shape
         table[k, :n, :columns], table[k, :n, columns:] = plan.table, 0
         alphas[k, :n], sigmas[k, :n] = plan.levels()
-    return PlanStack(table=table, draws=any(plan.draws for plan in plans), alphas=alphas, sigmas=sigmas)
+    sigma_data = tuple(plan.sigma_data for plan in plans)
+    return PlanStack(table=table, draws=any(plan.draws for plan in plans), alphas=alphas, sigmas=sigmas, sigma_data=sigma_data)
 
 
 def er_sde_plan(
@@ -210,6 +225,7 @@ def er_sde_plan(
     s_noise: float = 1.0,
     eta: float | Sequence[float] | np.ndarray | Tensor = 1.0,
     guidance: float | None = None,
+    sigma_data: float | None = None,
 ) -> Plan:
     """Builds the weights of an ER-SDE sampling run.
 
@@ -248,6 +264,8 @@ def er_sde_plan(
             er_lambda 1 guidance multiplies what extrapolation amplifies, so from guidance 2 on steps there have order 2, and a
             node_scale that grows with guidance and with the step, 4 guidance er_lambda_s / er_lambda_t; all others have order 3
             and node_scale 10. None is 2.5, which no guidance turns to garbage; who knows better gains by saying so.
+        sigma_data: of a network inside EDM's preconditioning, the standard deviation of its data: steps from its raw output
+            (prediction_type "edm") need it. It changes no weight.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.
@@ -299,6 +317,7 @@ def er_sde_plan(
         s_noise=s_noise,
         eta=_checked_eta(eta, len(sigmas) - 1, device),
         guidance=guidance,
+        sigma_data=_checked_sigma_data(sigma_data),
     )
     return _build(sigmas, alphas, options)
 
@@ -394,6 +413,12 @@ def _orders(order, num_steps: int, method: Method) -> tuple[int, ...]:
     return tuple(int(o) for o in orders)
 
 
+def _checked_sigma_data(sigma_data) -> float | None:
+    if sigma_data is not None and nonnegative("sigma_data", sigma_data) == 0:
+        raise ValueError(f"sigma_data must be above 0, got {sigma_data!r}")
+    return None if sigma_data is None else float(sigma_data)
+
+
 def _checked_eta(eta: Any, num_steps: int, device: torch.device) -> Eta:
     """The eta argument for a plan on a device: a number, one for each step, or a tensor where only the device knows them."""
     if isinstance(eta, (Tensor, np.ndarray)):
@@ -484,7 +509,14 @@ def _plan_of(table: Tensor, levels: Levels, options: PlanOptions) -> Plan:
 
 
 @torch.inference_mode(False)
-def _of_weights(weights: Tensor, sigmas: Tensor, alphas: Tensor | None, process: Process | None, first_step: int = 0) -> Plan:
+def _of_weights(
+    weights: Tensor,
+    sigmas: Tensor,
+    alphas: Tensor | None,
+    process: Process | None,
+    first_step: int = 0,
+    sigma_data: float | None = None,
+) -> Plan:
     """The plan of weights that were given, float64 on the host."""
     levels = _checked_levels(sigmas, alphas, process)
     table = table_of_weights(weights, len(levels.repeated), first_step)
@@ -500,6 +532,7 @@ def _of_weights(weights: Tensor, sigmas: Tensor, alphas: Tensor | None, process:
         eta=None,
         guidance=None,
         first_step=first_step,
+        sigma_data=sigma_data,
     )
     return _plan_of(table, levels, options)
 

@@ -114,7 +114,7 @@ def _plan_of(tensors: dict[str, Tensor], said: dict) -> Plan:
 def _made_with(tensors: dict[str, Tensor], said: dict) -> Plan:
     """The plan of the levels and the options of a file."""
     levels: dict[str, Any] = {"sigmas": tensors["sigmas"], "alphas": tensors.get("alphas")}
-    levels["process"] = "ve" if said["process"] is None else said["process"]
+    levels |= {"process": "ve" if said["process"] is None else said["process"], "sigma_data": said["sigma_data"]}
     if said["method"] is None:
         return Plan.from_weights(tensors["weights"], **levels)
     if not isinstance(said["noise_scaler"], str):

@@ -68,8 +68,9 @@ def fast_step(
         seed: the portable stream, the same bits on every machine, drawn in the kernel: one number, or a list with a number or
             a (seed, sample) pair for each sample of the batch, or int64 [batch, 2] of such pairs. See `portable_noise`.
         prediction_type: history[0] is the model's output, of this type: "sample" (the prediction itself), "epsilon", "v"
-            (alpha epsilon - sigma sample) or "flow" (epsilon - sample), at the plan's alpha and sigma of step i. The prediction
-            is computed in the same pass, rounded to the dtype of x as a history holds it, and returned too.
+            (alpha epsilon - sigma sample), "flow" (epsilon - sample) or "edm" (of the network inside EDM's preconditioning, for the
+            plan's sigma_data), at the plan's alpha and sigma of step i. The prediction is computed in the same pass, rounded to the
+            dtype of x as a history holds it, and returned too.
         guidance: with a prediction_type, (output without the condition, scale): history[0] is the output with it, and
             unconditional + scale (conditional - unconditional) takes its place. The scale is a number, or float64 [batch].
         return_log_prob: returns also the log-density of the step's Gaussian at the returned sample. See `step_log_prob`.

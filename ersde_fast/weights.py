@@ -29,8 +29,8 @@ _GAUSS_X, _GAUSS_W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggau
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PlanOptions:
-    """What a plan is made with beside its levels; checked. Of a plan whose weights were given all is None but process, orders and
-    first_step.
+    """What a plan is made with beside its levels; checked. Of a plan whose weights were given all is None but process, orders,
+    first_step and sigma_data.
 
     Attributes:
         process: where the alphas come from; None where they are given.
@@ -43,6 +43,7 @@ class PlanOptions:
         integration_points: of the left Riemann sums, or None.
         guidance: what order and node_scale of each step are chosen for; None where they are named.
         first_step: step i draws the portable noise of step `first_step + i`.
+        sigma_data: of the network, for prediction_type "edm"; or None.
     """
 
     process: Process | None
@@ -55,6 +56,7 @@ class PlanOptions:
     eta: Eta | None
     guidance: float | None
     first_step: int = 0
+    sigma_data: float | None = None
 
 
 class Levels(NamedTuple):

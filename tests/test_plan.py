@@ -528,12 +528,15 @@ def test_another_default_device_does_not_matter():
 
 @pytest.mark.parametrize("sigmas, process", [([9, 4, 1, 0.1], "ve"), ([0.99, 0.7, 0.3, 0], "vp"), ([0.9, 0.5, 0.1, 0], "flow")])
 def test_the_factors_of_each_prediction_type_undo_its_definition(sigmas, process):
-    """x = alpha x0 + sigma eps, and the model says eps, v = alpha eps - sigma x0, eps - x0, or x0."""
-    plan = er_sde_plan(sigmas, process=process)
+    """x = alpha x0 + sigma eps, and the model says eps, v = alpha eps - sigma x0, eps - x0, x0, or what EDM's preconditioning makes
+    x0 of: x0 = c_skip y + c_out output, y = x / alpha with noise l = sigma / alpha."""
+    plan, std = er_sde_plan(sigmas, process=process, sigma_data=0.6), 0.6
     denoised, noise = 0.3, -1.7
     for i in range(plan.num_steps):
         alpha, sigma = plan.alphas[i].item(), plan.sigmas[i].item()
         outputs = {"sample": denoised, "epsilon": noise, "v": alpha * noise - sigma * denoised, "flow": noise - denoised}
+        l, total = sigma / alpha, (sigma / alpha) ** 2 + std**2
+        outputs["edm"] = (denoised - std**2 / total * (denoised + l * noise)) / (l * std / math.sqrt(total))
         for name in PREDICTION_TYPES:
             p_x, p_m = plan.predicting(name).rows[i].prediction
             assert p_x * (alpha * denoised + sigma * noise) + p_m * outputs[name] == pytest.approx(denoised, rel=1e-13)
@@ -632,6 +635,9 @@ def test_a_stack_of_what_is_no_plan(plans):
         (dict(sigmas=[9000, 5000, 2000], noise_scaler="sde_4", eta=[0, 1]), ValueError, r"sde_4 is inadmissible at step 1"),
         (dict(sigmas=[1, 1, 0.5], process="flow", noise_scaler="sde_4", eta=[0, 1]), ValueError, r"no limit at er_lambda = inf"),
         (dict(sigmas=[1, 0.5], process="flow", noise_scaler="sde_4", eta=0.1), ValueError, r"no limit at er_lambda = inf"),
+        (dict(sigma_data=0), ValueError, r"sigma_data must be above 0, got 0"),
+        (dict(sigma_data=math.nan), ValueError, r"sigma_data must be a finite number of at least 0, got nan"),
+        (dict(sigma_data="0.5"), ValueError, r"sigma_data must be a finite number of at least 0, got '0.5'"),
         (dict(sigmas=[1, 0.5], process="flow", noise_scaler=lambda l: l, eta=0.1), ValueError, r"no limit at er_lambda = inf"),
     ],
 )  # fmt: skip

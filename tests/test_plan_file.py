@@ -22,7 +22,7 @@ ADAMS = [[t / s, 1.5 * (1 - t / s), 0.5 * (t / s - 1), 0.1 * t] for s, t in STEP
 ADAMS[0] = [*EULER[0][:2], 0.0, 0.7]
 FLOW = torch.linspace(1, 0, 6)
 PLANS = {
-    "by default": er_sde_plan(SIGMAS),
+    "by default": er_sde_plan(SIGMAS, sigma_data=0.5),
     "guidance": er_sde_plan(SIGMAS, guidance=5),
     "newton": er_sde_plan(SIGMAS, order=[1, 2, 3, 2, 1], method="newton", node_scale=4.0, noise_scaler="sde_2"),
     "taylor": er_sde_plan(SIGMAS, integration_points=100, s_noise=0.5, noise_scaler="ode"),
@@ -31,7 +31,7 @@ PLANS = {
     "alphas": er_sde_plan([0.9, 0.5, 0.1], alphas=[0.1, 0.5, 1], order=2),
     "started in the middle": er_sde_plan(SIGMAS, eta=[1, 1, 0.3, 1, 0]).starting_at(2),
     "of a type": er_sde_plan(FLOW, process="vp", noise_scaler="ode").predicting("v"),
-    "weights": Plan.from_weights(ADAMS, SIGMAS),
+    "weights": Plan.from_weights(ADAMS, SIGMAS, sigma_data=0.6),
     "weights, alphas": Plan.from_weights(ADAMS, [0.9, 0.8, 0.7, 0.5, 0.3, 0], alphas=[0.1, 0.3, 0.5, 0.7, 0.9, 1]),
     "weights from the middle": Plan.from_weights(EULER, FLOW, process="flow").starting_at(2),
 }
@@ -145,6 +145,7 @@ DOUBLE = torch.arange(1.0, 7.0, dtype=torch.float64)
         (lambda path: rewritten(path, {"s_noise": math.nan}), "s_noise must be a finite number"),
         (lambda path: rewritten(path, {"eta": -1}), "eta must be a finite number of at least 0, got -1"),
         (lambda path: rewritten(path, {"eta": [1, 1]}), "eta must be one number or 5"),
+        (lambda path: rewritten(path, {"sigma_data": 0}), "sigma_data must be above 0"),
         (lambda path: rewritten(path, {"eta": {}}), "eta must be a finite number"),
         (lambda path: rewritten(path, {"guidance": 3.0}), "its orders must be"),
         (lambda path: rewritten(path, {"first_step": -1}), "first_step must be a whole number"),

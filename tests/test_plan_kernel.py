@@ -39,6 +39,7 @@ def options_of(orders, process, scaler, method="taylor", node_scale=math.inf, in
         s_noise=s_noise,
         eta=eta,
         guidance=None,
+        sigma_data=0.6,
     )
 
 
