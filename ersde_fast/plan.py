@@ -101,7 +101,7 @@ class Plan(Table, PlanOptions):
         if self.method is None:
             return
         alphas = None if self.process else self.alphas.to(CPU)
-        options = replace(self.options, eta=_checked_eta(self.eta, self.num_steps, CPU))
+        options = replace(self.options, eta=strengths("eta", self.eta, self.num_steps, CPU))
         _build_by_torch(self.sigmas.to(CPU, torch.float64), alphas, options)
 
     @classmethod
@@ -315,7 +315,7 @@ def er_sde_plan(
         node_scale=float(node_scale) if named else None,
         integration_points=integration_points,
         s_noise=s_noise,
-        eta=_checked_eta(eta, len(sigmas) - 1, device),
+        eta=strengths("eta", eta, len(sigmas) - 1, device),
         guidance=guidance,
         sigma_data=_checked_sigma_data(sigma_data),
     )
@@ -419,21 +419,25 @@ def _checked_sigma_data(sigma_data) -> float | None:
     return None if sigma_data is None else float(sigma_data)
 
 
-def _checked_eta(eta: Any, num_steps: int, device: torch.device) -> Eta:
-    """The eta argument for a plan on a device: a number, one for each step, or a tensor where only the device knows them."""
-    if isinstance(eta, (Tensor, np.ndarray)):
-        if eta.shape != (num_steps,):
-            raise ValueError(f"eta must be a number or have shape ({num_steps},), one for each step, got {tuple(eta.shape)}")
-        if isinstance(eta, Tensor) and eta.device == device != CPU:
-            if eta.is_complex():
-                raise TypeError(f"eta must be real, got {eta.dtype}")
-            return eta.detach().to(torch.float64, copy=True)
-        eta = eta.tolist()
-    if not isinstance(eta, (list, tuple)):
-        return nonnegative("eta", eta)
-    if len(eta) != num_steps:
-        raise ValueError(f"eta must be one number or {num_steps}, one for each step, got {len(eta)}")
-    return tuple(nonnegative(f"eta[{step}]", strength) for step, strength in enumerate(eta))
+def strengths(name: str, value: Any, num_steps: int, device: torch.device) -> Eta:
+    """The argument of that name for a plan on a device: a number, one for each step, or a tensor where only the device knows them."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.shape != (num_steps,):
+            raise ValueError(
+                f"{name} must be a number or have shape ({num_steps},), one for each step, got {tuple(value.shape)}"
+            )
+        if isinstance(value, Tensor) and value.device == device != CPU:
+            if value.is_complex():
+                raise TypeError(f"{name} must be real, got {value.dtype}")
+            return value.detach().to(torch.float64, copy=True)
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(f"{name} must hold numbers, got a tensor on meta")
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return nonnegative(name, value)
+    if len(value) != num_steps:
+        raise ValueError(f"{name} must be one number or {num_steps}, one for each step, got {len(value)}")
+    return tuple(nonnegative(f"{name}[{step}]", strength) for step, strength in enumerate(value))
 
 
 @torch.inference_mode(False)
