@@ -500,9 +500,10 @@ std::vector<std::string> names_of(const std::pair<const char*, Enum> (&known)[n]
   for (const auto& [name, value] : known) names.push_back(name);
   return names;
 }
+
 // The table of a plan [num_steps, kWD + order] and its levels [3, num_steps + 1], sigmas, alphas, er_lambdas, on the device of
-// sigmas, without waiting for it. options: PlanOptions of weights.py; orders: theirs as int32 [num_steps] there, or None where
-// they are alike.
+// sigmas, without waiting for it. options: PlanOptions of weights.py, whose eta is a number or float64 [num_steps] there; orders:
+// theirs as int32 [num_steps] there, or None where they are alike.
 py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas, py::handle options,
                const std::optional<at::Tensor>& orders) {
   const auto option = [&](const char* name) { return options.attr(name); };
@@ -518,13 +519,14 @@ py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas
   a.sigmas = s.const_data_ptr();
   a.alphas = alphas ? given.const_data_ptr() : nullptr;
   a.process = alphas ? ersde::Process::given : named("process", text("process"), ersde::kProcesses);
-  a.order = 0;
   for (const py::handle order : option("orders")) a.order = std::max(a.order, order.cast<int>());
   TORCH_CHECK_VALUE(a.order >= 1 && a.order <= ersde::kMaxPredictions, "order must be 1 to ", ersde::kMaxPredictions, ", got ", a.order);
   a.orders = orders ? orders->const_data_ptr<int32_t>() : nullptr;
   const py::object scaler = option("noise_scaler");
   a.scaler = named("noise_scaler.form", scaler.attr("form").cast<std::string>(), ersde::kScalers);
-  a.strength = scaler.attr("strength").cast<double>() * number("eta", 1);
+  const at::Tensor* etas = tensor_of(option("eta"));
+  a.etas = etas ? etas->const_data_ptr<double>() : nullptr;
+  a.strength = scaler.attr("strength").cast<double>() * (etas ? 1 : number("eta", 1));
   a.method = named("method", text("method"), ersde::kMethods);
   a.node_scale = number("node_scale", NAN);
   a.integration_points = (int)number("integration_points", 0);

@@ -249,6 +249,7 @@ int read(PlanArgs& a, const ersde_plan_call& call) {
   a.order = (int)call.order;
   a.orders = call.orders;
   a.strength = call.strength;
+  a.etas = call.etas;
   a.node_scale = call.node_scale;
   a.integration_points = (int)call.integration_points;
   a.s_noise = call.s_noise;

@@ -80,6 +80,7 @@ struct ersde_plan_call {
   const void *sigmas, *alphas;
   int64_t sigmas_dtype, alphas_dtype;
   const int32_t* orders;
+  const double* etas;
   const char *process, *scaler, *method;
   double strength, node_scale, s_noise, guidance;
   double *table, *schedule;

@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from . import ops
 from .backends import CPU, CUDA, choose
 from .backends.reference import REFERENCE
-from .log_prob import check_log_prob, log_prob
+from .log_prob import Reduction, check_log_prob, check_reduction, log_prob
 from .noise import Seed, TorchStream, seeds_of
 from .plan import Plan, PlanStack
 from .predictions import PREDICTION_TYPES
@@ -41,6 +41,7 @@ def fast_step(
     prediction_type: str | None = None,
     guidance: Guidance | None = None,
     return_log_prob: bool = False,
+    log_prob_reduction: Reduction = "sum",
     global_shape: Sequence[int] | None = None,
     global_start: Sequence[int] | None = None,
     torch_layout: tuple[int, int] | None = None,
@@ -68,11 +69,13 @@ def fast_step(
         seed: the portable stream, the same bits on every machine, drawn in the kernel: one number, or a list with a number or
             a (seed, sample) pair for each sample of the batch, or int64 [batch, 2] of such pairs. See `portable_noise`.
         prediction_type: history[0] is the model's output, of this type: "sample" (the prediction itself), "epsilon", "v"
-            (alpha epsilon - sigma sample) or "flow" (epsilon - sample), at the plan's alpha and sigma of step i. The prediction
-            is computed in the same pass, rounded to the dtype of x as a history holds it, and returned too.
+            (alpha epsilon - sigma sample), "flow" (epsilon - sample) or "edm" (of the network inside EDM's preconditioning, for the
+            plan's sigma_data), at the plan's alpha and sigma of step i. The prediction is computed in the same pass, rounded to the
+            dtype of x as a history holds it, and returned too.
         guidance: with a prediction_type, (output without the condition, scale): history[0] is the output with it, and
             unconditional + scale (conditional - unconditional) takes its place. The scale is a number, or float64 [batch].
         return_log_prob: returns also the log-density of the step's Gaussian at the returned sample. See `step_log_prob`.
+        log_prob_reduction: of that: "sum" over the elements of a sample, or their "mean".
         global_shape, global_start: with `seed`, where x holds one shard of each sample: the shape of a whole sample and the
             index at which the shard starts, without the batch dimension. The shards' steps are the whole step, to the bit.
         torch_layout: with torch's stream on a CUDA device, (multiprocessors, threads of each) of the card whose numbers to draw:
@@ -96,12 +99,12 @@ def fast_step(
         request = StepRequest(
             plan.predicting(prediction_type), i, x, history[: plan.order], noise_of(given), plan.draws, output
         )
-        return _and_log_prob(ops.run(request), request, return_log_prob)
+        return _and_log_prob(ops.run(request), request, return_log_prob, log_prob_reduction)
 
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
     whole = global_shape is None and global_start is None and torch_layout is None
     kernel = (CUDA if getattr(x, "is_cuda", False) else CPU).kernels
-    if kernel is not None and backend is None and whole and not return_log_prob:
+    if kernel is not None and backend is None and whole and not return_log_prob and log_prob_reduction == "sum":
         result, table = None, getattr(plan, "table", None)
         if prediction_type is None and guidance is None:
             if table is not None:
@@ -117,6 +120,9 @@ def fast_step(
         if result is not None:
             return result
 
+    check_reduction("log_prob_reduction", log_prob_reduction)
+    if log_prob_reduction != "sum" and not return_log_prob:
+        raise ValueError(f"log_prob_reduction={log_prob_reduction!r} needs return_log_prob=True")
     given = NoiseArguments(noise, generator, seed, global_shape, global_start, torch_layout)
     request = checked(plan, i, x, history, given, OutputArguments(prediction_type, guidance), out)
     if isinstance(i, tuple) and plan.draws and isinstance(request.noise, TorchStream):
@@ -127,7 +133,7 @@ def fast_step(
         check_log_prob(plan, i, x)
         if out is not None:
             raise ValueError("out must not be given with return_log_prob: it could overwrite what the density depends on")
-    return _and_log_prob(step_of(request, backend), request, return_log_prob)
+    return _and_log_prob(step_of(request, backend), request, return_log_prob, log_prob_reduction)
 
 
 def step_of(request: StepRequest, backend: str | None = None):
@@ -152,12 +158,12 @@ def _output_if_plain(plan, prediction_type, guidance) -> tuple | None:
     return None if table is None else (table, unconditional, scale)
 
 
-def _and_log_prob(result, request: StepRequest, wanted: bool):
+def _and_log_prob(result, request: StepRequest, wanted: bool, reduction: Reduction):
     """The result, and behind it the log-density at its next sample where that is wanted."""
     if not wanted:
         return result
     results = result if isinstance(result, tuple) else (result,)
-    return (*results, log_prob(request, results[0].detach()))
+    return (*results, log_prob(request, results[0].detach(), reduction))
 
 
 def reference_step(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .noise import float64_device
-from .predictions import PREDICTION_TYPES, Factors
+from .predictions import PREDICTION_TYPES, Factors, factors_of
 
 # What every row holds, and then w_d[0] ... w_d[order - 1].
 COUNTER, P_X, P_M, W_NOISE, W_X, W_D = range(6)
@@ -85,11 +85,16 @@ class Table:
         """The alpha and sigma that each step starts from, [..., num_steps]."""
         raise NotImplementedError
 
+    def data_std(self) -> Tensor | None:
+        """sigma_data, in a shape that broadcasts with the levels; None where it was not told."""
+        raise NotImplementedError
+
     def predicting(self, prediction_type: str | None):
         """The same with the factors of a prediction type in its table; made once for each. None is any, and the same.
 
         Raises:
             KeyError: there is no such type.
+            ValueError: the type needs what the plan was not told.
         """
         if prediction_type is None or prediction_type == self.prediction_type:
             return self
@@ -106,7 +111,7 @@ class Table:
 
     def _with_factors(self, prediction_type: str) -> Tensor:
         alpha, sigma = self.levels()
-        p_x, p_m = PREDICTION_TYPES[prediction_type](alpha, sigma)
+        p_x, p_m = factors_of(prediction_type, alpha, sigma, self.data_std())
         if not all(isinstance(p, Tensor) and p.shape == alpha.shape for p in (p_x, p_m)):
             raise TypeError(
                 f'prediction type "{prediction_type}" must be a function to two tensors of the shape of alpha, {tuple(alpha.shape)}, '

@@ -50,7 +50,7 @@ class PlanCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_steps", "order", "first_step", "integration_points")),
         *((name, ctypes.c_void_p) for name in ("sigmas", "alphas")),
         *((name, ctypes.c_int64) for name in ("sigmas_dtype", "alphas_dtype")),
-        ("orders", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("orders", "etas")),
         *((name, ctypes.c_char_p) for name in ("process", "scaler", "method")),
         *((name, ctypes.c_double) for name in ("strength", "node_scale", "s_noise", "guidance")),
         *((name, ctypes.c_void_p) for name in ("table", "schedule")),
@@ -235,12 +235,14 @@ class Library:
         table = torch.empty(num_steps, W_D + order, dtype=torch.float64, device=sigmas.device)
         schedule = torch.empty(3, num_steps + 1, dtype=torch.float64, device=sigmas.device)
         sigmas, alphas = sigmas.contiguous(), None if alphas is None else alphas.contiguous()
+        etas = options.eta if isinstance(options.eta, Tensor) else None
         call = PlanCall(
             num_steps, order, options.first_step, options.integration_points or 0,
             sigmas.data_ptr(), 0 if alphas is None else alphas.data_ptr(),
             NUMBER[sigmas.dtype], 0 if alphas is None else NUMBER[alphas.dtype], 0 if orders is None else orders.data_ptr(),
+            0 if etas is None else etas.data_ptr(),
             *(str(name).encode() for name in (options.process, scaler.form, options.method)),
-            scaler.strength * (1 if options.eta is None else options.eta),
+            scaler.strength * (1 if etas is not None else options.eta),
             *(math.nan if value is None else value for value in (options.node_scale, options.s_noise)),
             -1 if options.guidance is None else options.guidance, table.data_ptr(), schedule.data_ptr(),
         )  # fmt: skip
