@@ -285,7 +285,7 @@ py::object step(const StepCall& call) {
   if (predicts) uses = std::max<int64_t>(uses, 1);
   if (ring && (given != 1 || ring->size(0) != order || known_step >= 0)) return py::none();
   if (!ring && given < uses) {
-    if (row || !trusted) return py::none();
+    if (row || !trusted || (predicts && given == 0)) return py::none();
     uses = given;
   }
   a.rows.predictions = (int)uses;

@@ -72,7 +72,7 @@ bool read(Step& s, const int64_t* words, double scale) {
   while (row && uses > 0 && row[kWD + uses - 1] == 0) --uses;
   if (call.predicts) uses = std::max<int64_t>(uses, 1);
   if (!call.ring && call.predictions < uses) {
-    if (row) return false;
+    if (row || (call.predicts && call.predictions == 0)) return false;
     uses = call.predictions;
   }
   a.rows.predictions = (int)uses;
