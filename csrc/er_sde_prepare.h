@@ -83,6 +83,7 @@ inline void set_shape(StepArgs& a, const View* views, int count, const int64_t* 
 // ---- which kernel of er_sde_step.cu runs, and how ----
 
 constexpr int kThreads = 256;
+constexpr int kMaxVectorTerms = kMaxPredictions + 2;  // beyond them step_elements runs: order 5 with CFG++ and a noise tensor
 constexpr int kBlocksPerMultiprocessor = 1024;  // on an H100 64 lose 2 %, 16 another 2, and no bound gains less than 1 %
 
 // What step_vectors needs of StepArgs.
@@ -117,7 +118,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool fits_vectors(const StepArgs& a) {
   const DType t = a.out.dtype;
   const int64_t item = size_of(t), vector = 16 / item, last = a.ndim - 1;
-  if (t == DType::float64 || a.float64 || a.num_terms == 0 || a.rows.ring_stride % 16 != 0) return false;
+  if (t == DType::float64 || a.float64 || a.num_terms == 0 || a.num_terms > kMaxVectorTerms || a.rows.ring_stride % 16 != 0) return false;
   if (a.batched) {
     const bool one = a.sizes[0] == 1;
     if (!one && a.drawn.source == Noise::torch) return false;
