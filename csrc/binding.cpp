@@ -322,6 +322,7 @@ py::object step(const StepCall& call) {
       if (!guide) return py::none();
       a.rows.guided = true;
       add_operand(a.guide, *guide, dtype);
+      if (call.cfg_pp.ptr() == Py_True) add_term(*guide, ersde::kWGuide, dtype);
       if (scales) {
         if (scales->scalar_type() != at::kDouble || scales->dim() != 1 || scales->size(0) != (x.dim() ? x.size(0) : 1)) return py::none();
         if (scales->device() != x.device() || !scales->is_contiguous()) return py::none();
@@ -500,7 +501,6 @@ std::vector<std::string> names_of(const std::pair<const char*, Enum> (&known)[n]
   for (const auto& [name, value] : known) names.push_back(name);
   return names;
 }
-
 // The table of a plan [num_steps, kWD + order] and its levels [3, num_steps + 1], sigmas, alphas, er_lambdas, on the device of
 // sigmas, without waiting for it. options: PlanOptions of weights.py, whose eta is a number or float64 [num_steps] there; orders:
 // theirs as int32 [num_steps] there, or None where they are alike.
@@ -576,7 +576,7 @@ PYBIND11_MODULE(_C, m) {
   facts["max_dims"] = ersde::kMaxDims;
   facts["max_order"] = ersde::kMaxPredictions;
   facts["columns"] = py::dict("COUNTER"_a = (int)ersde::kCounter, "P_X"_a = (int)ersde::kPX, "P_M"_a = (int)ersde::kPM,
-                              "W_NOISE"_a = (int)ersde::kWNoise, "W_X"_a = (int)ersde::kWX, "W_D"_a = (int)ersde::kWD);
+                              "W_GUIDE"_a = (int)ersde::kWGuide, "W_NOISE"_a = (int)ersde::kWNoise, "W_X"_a = (int)ersde::kWX, "W_D"_a = (int)ersde::kWD);
   facts["processes"] = names_of(ersde::kProcesses);
   facts["forms"] = names_of(ersde::kScalers);
   facts["methods"] = names_of(ersde::kMethods);

@@ -162,7 +162,7 @@ def test_why_there_are_no_kernels(monkeypatch, tmp_path):
 def test_why_there_is_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(nvrtc, "_roots", lambda: [tmp_path])
-    with pytest.raises(FileNotFoundError, match="no lib/(lib)?nvrtc"):
+    with pytest.raises(FileNotFoundError, match=r"no lib/(lib)?nvrtc"):
         nvrtc.Compiler(tmp_path)
 
 

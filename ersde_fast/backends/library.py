@@ -24,7 +24,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.autograd.profiler import record_function
 
-from ..table import W_D, W_NOISE
+from ..table import COUNTER, W_D, W_NOISE
 from .base import FLOATS
 
 VERSION = 1  # of csrc/er_sde_c.h
@@ -124,7 +124,7 @@ class Library:
 
     def step(
         self, table, i, x, history, *, noise=None, generator=None, seed=None, draws=False, out=None, predicts=False,
-        unconditional=None, scale=None, ring=None, global_shape=None, global_start=None, torch_layout=None, trusted=False,
+        unconditional=None, scale=None, cfg_pp=False, ring=None, global_shape=None, global_start=None, torch_layout=None, trusted=False,
     ):  # fmt: skip
         """The next sample, or the pair of that and the prediction; None where the step is not a plain one of this device."""
         if type(x) not in PLAIN or not self.has(x) or not isinstance(history, (list, tuple)):
@@ -176,7 +176,7 @@ class Library:
 
         def call() -> bytes:
             return packed(
-                0, predictions, unconditional is not None, noise is not None, predicts, 0, bool(whole), *rows, scales, *ring_words,
+                0, predictions, unconditional is not None, noise is not None, predicts, cfg_pp, 0, bool(whole), *rows, scales, *ring_words,
                 *drawn, *map(id, inputs), *map(id, outputs), *whole,
             )  # fmt: skip
 
@@ -226,9 +226,10 @@ class Library:
 
     def fill(self, out: Tensor, drawn: tuple, step: int = 0) -> None:
         """Fills a contiguous tensor: a step of one term whose weight is 0, so that the kernels for one term serve."""
-        row = array("d", [step, 0, 0, 1, 0])
+        row = array("d", bytes(8 * W_D))
+        row[COUNTER], row[W_NOISE] = step, 1
         rows = (row.buffer_info()[0], 0, 0, len(row), 1, 1, 0, 0, 0)
-        self.run(packed(0, 0, 0, 0, 0, 1, 0, *rows, 0, *NO_RING, *drawn, id(out), id(out)), 0.0, out)
+        self.run(packed(0, 0, 0, 0, 0, 0, 1, 0, *rows, 0, *NO_RING, *drawn, id(out), id(out)), 0.0, out)
 
     def plan(self, sigmas: Tensor, alphas: Tensor | None, options, orders: Tensor | None) -> tuple[Tensor, Tensor]:
         num_steps, order, scaler = len(sigmas) - 1, max(options.orders), options.noise_scaler
