@@ -22,7 +22,6 @@ PLANS = [
     er_sde_plan([9, 5, 4, 2, 1, 0.5, 0], order=order, noise_scaler=scaler)
     for order, scaler in ((1, "ode"), (2, "sde_5"), (3, "sde_5"), (5, "sde"))
 ]
-PLANS[0].predicting("v"), PLANS[2].predicting("v")
 STACK = stack_plans(PLANS)
 
 
@@ -59,9 +58,11 @@ def steps(draw):
         of["draws"] = STACK.draws
     if draw(st.booleans()):
         of["predicts"] = True
+        guided = draw(st.booleans())
         if where == "number":
-            table = plan.predicting("v").table
-        if draw(st.booleans()):
+            of["cfg_pp"] = guided and draw(st.booleans())
+            table = plan.predicting("v", of["cfg_pp"]).table
+        if guided:
             of["unconditional"] = draw(tensors(shape, others))
             scales = torch.linspace(1, 7, batch, dtype=torch.float64)
             of["scale"] = draw(st.sampled_from([1.5, 3, scales, scales.float(), float("nan"), None]))
