@@ -21,7 +21,7 @@ def step_of(request: "StepRequest", noise: Tensor | None):
     if request.output is None:
         return next_sample(row, x, history, noise)
     denoised = prediction(row.prediction, x, history[0], request.output)
-    return next_sample(row, x, [denoised, *history[1:]], noise), denoised
+    return next_sample(row, x, [denoised, *history[1:]], noise, request.output), denoised
 
 
 def prediction(factors, x: Tensor, output: Tensor, of: "ModelOutput", dtype: torch.dtype | None = None) -> Tensor:
@@ -33,10 +33,18 @@ def prediction(factors, x: Tensor, output: Tensor, of: "ModelOutput", dtype: tor
     return linear_combination([(p_x, x), (p_m * scale, output), (p_m * (1 - scale), of.unconditional)], x, dtype)
 
 
-def next_sample(row: Row, x: Tensor, history: Sequence[Tensor], noise: Tensor | None) -> Tensor:
-    """x_next = w_x x + sum_j w_d[j] denoised_j + w_noise noise, in the dtype of x."""
+def next_sample(
+    row: Row, x: Tensor, history: Sequence[Tensor], noise: Tensor | None, of: "ModelOutput | None" = None
+) -> Tensor:
+    """x_next = w_x x + sum_j w_d[j] denoised_j + w_guide unconditional + w_noise noise, in the dtype of x."""
     drawn = [] if noise is None else [(row.w_noise, noise)]
-    return linear_combination([(row.w_x, x), *zip(row.w_d, history, strict=False), *drawn], x)
+    return linear_combination([*mean_terms(row, x, history, of), *drawn], x)
+
+
+def mean_terms(row: Row, x: Tensor, history: Sequence[Tensor], of: "ModelOutput | None") -> list:
+    """Weights and tensors of the next sample less its noise."""
+    guide = [] if of is None or not of.cfg_pp else [(row.w_guide, of.unconditional)]
+    return [(row.w_x, x), *zip(row.w_d, history, strict=False), *guide]
 
 
 def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

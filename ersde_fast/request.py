@@ -33,10 +33,12 @@ class ModelOutput(NamedTuple):
     Attributes:
         unconditional: the output that guides it, of the shape of x, or None.
         scale: of the guidance, a number or float64 [batch].
+        cfg_pp: whether the step is that by CFG++, for which the plan holds the weights.
     """
 
     unconditional: Tensor | None = None
     scale: float | Tensor | None = None
+    cfg_pp: bool = False
 
 
 class StepRequest(NamedTuple):
@@ -92,6 +94,7 @@ class OutputArguments(NamedTuple):
 
     prediction_type: str | None = None
     guidance: Guidance | None = None
+    cfg_pp: bool = False
 
 
 NO_SOURCE, PREDICTIONS = NoiseArguments(), OutputArguments()
@@ -119,7 +122,11 @@ def checked(
         raise ValueError(f"history must hold the {uses} newest predictions{at}, got {len(history)}")
     for j, denoised in enumerate(history[:uses]):
         check_like(f"history[{j}]", denoised, x)
-    plan = plan.predicting(output.prediction_type)
+    if not isinstance(output.cfg_pp, bool):
+        raise TypeError(f"cfg_pp must be True or False, got {output.cfg_pp!r}")
+    if output.cfg_pp and output.guidance is None:
+        raise ValueError("cfg_pp needs guidance=(unconditional output, scale)")
+    plan = plan.predicting(output.prediction_type, output.cfg_pp)
     row = known_row(plan, i)
     _check_output(row, i, x, output)
     draws = plan.draws if row is None else row.w_noise != 0
@@ -215,7 +222,7 @@ def model_output(given: OutputArguments) -> ModelOutput | None:
     if given.prediction_type is None:
         return None
     unconditional, scale = (None, None) if given.guidance is None else pair_of(given.guidance)
-    return ModelOutput(unconditional, scale)
+    return ModelOutput(unconditional, scale, given.cfg_pp)
 
 
 def _is_type(prediction_type) -> bool:
@@ -231,7 +238,7 @@ def pair_of(guidance):
 
 def _check_output(row: Row | None, i, x: Tensor, output: OutputArguments) -> None:
     """Checks what turns a model's output into a prediction."""
-    prediction_type, guidance = output
+    prediction_type, guidance, _ = output
     if prediction_type is not None and row and not math.isfinite(row.prediction[0]):
         raise ValueError(
             f'prediction_type "{prediction_type}" says nothing of the clean sample where alpha is 0, as at step {int(i)}'

@@ -25,7 +25,8 @@ BLOCK = 512
 TURNS, LARGE = 4, 2**24
 NO_NOISE, PORTABLE, TORCH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 COUNTER, P_X, P_M = tl.constexpr(columns.COUNTER), tl.constexpr(columns.P_X), tl.constexpr(columns.P_M)
-W_NOISE, W_X, W_D = tl.constexpr(columns.W_NOISE), tl.constexpr(columns.W_X), tl.constexpr(columns.W_D)
+W_GUIDE, W_NOISE = tl.constexpr(columns.W_GUIDE), tl.constexpr(columns.W_NOISE)
+W_X, W_D = tl.constexpr(columns.W_X), tl.constexpr(columns.W_D)
 # The interpreter rounds tl.fma twice and has no libdevice.
 EXACT = tl.constexpr(INTERPRETED)
 
@@ -180,7 +181,7 @@ def read_terms(
 ):
     """What the step of elements e reads; x stands for a term that it does not have."""
     x, h0, h1, h2, h3, h4, guide, noise = tensors
-    w_x, w0, w1, w2, w3, w4, w_noise, p_x, p_m, p_u = weights
+    w_x, w0, w1, w2, w3, w4, w_u, w_noise, p_x, p_m, p_u = weights
     t_x = tl.load(x + e, mask=mask & ((w_x != 0) | (p_x != 0)), other=0.0)
     t0, t1, t2, t3, t4, t_u, t_z = t_x, t_x, t_x, t_x, t_x, t_x, t_x
     if GIVEN > 0:
@@ -194,7 +195,7 @@ def read_terms(
     if GIVEN > 4:
         t4 = read(h4, e, mask, w4)
     if GUIDED:
-        t_u = read(guide, e, mask, p_u)
+        t_u = tl.load(guide + e, mask=mask & ((p_u != 0) | (w_u != 0)), other=0.0)
     if HAS_NOISE:
         t_z = read(noise, e, mask, w_noise)
     return t_x, t0, t1, t2, t3, t4, t_u, t_z
@@ -207,7 +208,7 @@ def combine_and_store(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """The step of elements e: the prediction, where a model's output was read, then x, GIVEN predictions and the noise."""
-    w_x, w0, w1, w2, w3, w4, w_noise, p_x, p_m, p_u = weights
+    w_x, w0, w1, w2, w3, w4, w_u, w_noise, p_x, p_m, p_u = weights
     t_x, t0, t1, t2, t3, t4, t_u, t_z = terms
     zero = tl.full(e.shape, -0.0, tl.float64 if WIDE else tl.float32)
     if PREDICTS:
@@ -227,6 +228,8 @@ def combine_and_store(
         y = multiply_add(w3, t3, y)
     if GIVEN > 4:
         y = multiply_add(w4, t4, y)
+    if GUIDED:
+        y = multiply_add(w_u, t_u, y)
     if HAS_NOISE:
         y = multiply_add(w_noise, t_z, y)
     if DRAWS:
@@ -282,6 +285,9 @@ def er_sde_step(
     p_x = tl.full([], 0.0, tl.float64)
     p_m = p_x
     p_u = p_x
+    w_u = p_x
+    if GUIDED > 0:
+        w_u = column(row, W_GUIDE, exists)
     if PREDICTS:
         p_x, p_m = column(row, P_X, exists), column(row, P_M, exists)
         if GUIDED == 1:
@@ -303,8 +309,8 @@ def er_sde_step(
     acc: tl.constexpr = tl.float64 if WIDE else tl.float32
     weights = (
         tl.full([BLOCK], w_x, acc), tl.full([BLOCK], w0, acc), tl.full([BLOCK], w1, acc), tl.full([BLOCK], w2, acc),
-        tl.full([BLOCK], w3, acc), tl.full([BLOCK], w4, acc), tl.full([BLOCK], w_noise, acc), tl.full([BLOCK], p_x, acc),
-        tl.full([BLOCK], p_m, acc), tl.full([BLOCK], p_u, acc),
+        tl.full([BLOCK], w3, acc), tl.full([BLOCK], w4, acc), tl.full([BLOCK], w_u, acc), tl.full([BLOCK], w_noise, acc),
+        tl.full([BLOCK], p_x, acc), tl.full([BLOCK], p_m, acc), tl.full([BLOCK], p_u, acc),
     )  # fmt: skip
     if SOURCE == TORCH:
         s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -360,7 +366,7 @@ def step(request: StepRequest):
     """Launches the kernel for a step whose noise is a tensor or is drawn here."""
     x, out, draws = request.x, request.out, request.draws
     predicts = request.output is not None
-    unconditional, scale = request.output if predicts else (None, None)
+    unconditional, scale, _ = request.output if predicts else (None, None, False)
     noise = request.noise if isinstance(request.noise, Tensor) else None
     seeds = request.noise.seeds if isinstance(request.noise, Portable) else None
     next_sample = torch.empty_like(x) if out is None else out

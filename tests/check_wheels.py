@@ -28,6 +28,8 @@ import lief
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 LARGEST = 3 * 2**20  # bytes of a wheel
+COLUMNS = re.search(r"enum ersde_column \{ (.*?) \}", (ROOT / "csrc" / "er_sde_c.h").read_text())[1].split(", ")
+W_NOISE, W_D = COLUMNS.index("ersde_w_noise"), COLUMNS.index("ersde_w_d")
 LIBRARIES = {"manylinux2014_x86_64": "_kernels.so", "manylinux2014_aarch64": "_kernels.so", "macosx_11_0_arm64": "_kernels.dylib", "win_amd64": "_kernels.dll"}  # fmt: skip
 # What every system of the platform has.
 IMPORTS = r"@rpath/_kernels\.dylib|lib(c|m|pthread|dl)\.so\.\d|ld-linux-.*|/usr/lib/libSystem\.B\.dylib|KERNEL32\.dll|api-ms-win-crt-.*|msvcrt\.dll|ntdll\.dll"
@@ -120,11 +122,11 @@ def plan_call(case: dict) -> str:
 
 def steps_of(case: dict, table: list[float]) -> list[tuple[str, list[float]]]:
     """Calls of the steps of a run, each from the golden sample before it, and the golden samples behind them."""
-    columns, found, history = 5 + case["order"], [], []
+    columns, found, history = W_D + case["order"], [], []
     samples = [flat(case["x_init"]), *map(flat, case["x_after_step"])]
     for i, (x, after) in enumerate(pairwise(samples)):
         row = table[i * columns : (i + 1) * columns]
-        clipped = 0 < row[3] ** 2 < case.get("variance_clip", 0)
+        clipped = 0 < row[W_NOISE] ** 2 < case.get("variance_clip", 0)
         history = [[denoised(case, v, case["sigmas"][i], case["alphas"][i]) for v in x], *history[:2]]
         tensors = [x, *history, *[[0.0] * len(x)] * (case["order"] - len(history))][: 1 + case["order"]]
         tensors.append(flat(case["noise"][i]) if case["noise"][i] is not None else [0.0] * len(x))

@@ -108,8 +108,8 @@ int main(int argc, char** argv) {
     } else if (!strcmp(what, "noise")) {
       const int64_t seed = integer(), step_number = integer(), sample = integer(), first = integer(), n = integer();
       const int64_t seeds[] = {seed, sample};
-      const double nothing[] = {(double)step_number, 0, 0, 1, 0};
-      struct call c = call_of(n, first, nothing, 5);
+      const double nothing[ersde_w_d] = {[ersde_counter] = (double)step_number, [ersde_w_noise] = 1};
+      struct call c = call_of(n, first, nothing, ersde_w_d);
       c.head.alone = 1;
       c.head.source = 1;
       c.head.seeds = (int64_t)(intptr_t)seeds;
@@ -121,7 +121,7 @@ int main(int argc, char** argv) {
       const int64_t dtype = integer(), predictions = integer();
       char seed[64];
       word(seed);
-      const int64_t n = integer(), columns = 5 + predictions;
+      const int64_t n = integer(), columns = ersde_w_d + predictions;
       for (int64_t k = 0; k < columns; ++k) row[k] = real();
       struct call c = call_of(n, 0, row, columns);
       c.head.predictions = predictions;

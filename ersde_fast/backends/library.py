@@ -24,7 +24,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.autograd.profiler import record_function
 
-from ..table import W_D, W_NOISE
+from ..table import COUNTER, W_D, W_NOISE
 from .base import FLOATS
 
 VERSION = 1  # of csrc/er_sde_c.h
@@ -34,10 +34,13 @@ PORTABLE, TORCH = 1, 2  # sources of noise, and the words behind them: seeds, se
 NOTHING_DRAWN = (0,) * 5
 NO_RING = (0, 0)
 MOST_WORDS = 256
+FORMATS = [f"{count}q" for count in range(MOST_WORDS)]
 MASK = 2**64 - 1
 GRAIN = 32768  # elements a thread takes at least: below, waking it costs more than it saves
 NUMBER = {dtype: number for number, dtype in enumerate(FLOATS)}
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PRE_DISPATCH = DispatchKey.PreDispatch
+requires_grad = attrgetter("requires_grad")
 NAME = {"win32": "_kernels.dll", "darwin": "_kernels.dylib"}.get(sys.platform, "_kernels.so")
 REINSTALL = "reinstall ersde-fast"
 
@@ -49,7 +52,7 @@ class PlanCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_steps", "order", "first_step", "integration_points")),
         *((name, ctypes.c_void_p) for name in ("sigmas", "alphas")),
         *((name, ctypes.c_int64) for name in ("sigmas_dtype", "alphas_dtype")),
-        ("orders", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("orders", "etas")),
         *((name, ctypes.c_char_p) for name in ("process", "scaler", "method")),
         *((name, ctypes.c_double) for name in ("strength", "node_scale", "s_noise", "guidance")),
         *((name, ctypes.c_void_p) for name in ("table", "schedule")),
@@ -123,7 +126,7 @@ class Library:
 
     def step(
         self, table, i, x, history, *, noise=None, generator=None, seed=None, draws=False, out=None, predicts=False,
-        unconditional=None, scale=None, ring=None, global_shape=None, global_start=None, torch_layout=None, trusted=False,
+        unconditional=None, scale=None, cfg_pp=False, ring=None, global_shape=None, global_start=None, torch_layout=None, trusted=False,
     ):  # fmt: skip
         """The next sample, or the pair of that and the prediction; None where the step is not a plain one of this device."""
         if type(x) not in PLAIN or not self.has(x) or not isinstance(history, (list, tuple)):
@@ -143,15 +146,15 @@ class Library:
                 factor, scales = _scale(scale, x)
             if noise is not None:
                 inputs.append(noise)
-            grad = not trusted and torch.is_grad_enabled()
-            for tensor in inputs:
-                if type(tensor) not in PLAIN or tensor.is_neg() or (grad and tensor.requires_grad):
-                    return None
+            if not PLAIN.issuperset(map(type, inputs)) or any(map(Tensor.is_neg, inputs)):
+                return None
+            if not trusted and torch.is_grad_enabled() and any(map(requires_grad, inputs)):
+                return None
             drawn = NOTHING_DRAWN
             torch_stream = False
             if seed is not None:
                 if draws:
-                    drawn, _seeds = _portable(seed, x.device)
+                    drawn, _seeds = _portable(seed, x)
             elif noise is None:
                 _check_generator(generator, x.device)
                 torch_stream = draws if not row else ctypes.c_double.from_address(row + 8 * W_NOISE).value != 0
@@ -175,7 +178,7 @@ class Library:
 
         def call() -> bytes:
             return packed(
-                0, predictions, unconditional is not None, noise is not None, predicts, 0, bool(whole), *rows, scales, *ring_words,
+                0, predictions, unconditional is not None, noise is not None, predicts, cfg_pp, 0, bool(whole), *rows, scales, *ring_words,
                 *drawn, *map(id, inputs), *map(id, outputs), *whole,
             )  # fmt: skip
 
@@ -220,26 +223,29 @@ class Library:
         return None
 
     def portable_noise(self, out: Tensor, seeds: Tensor, step: int) -> None:
-        drawn, _seeds = _portable(seeds, out.device)
+        drawn, _seeds = _portable(seeds, out)
         self.fill(out, drawn, step)
 
     def fill(self, out: Tensor, drawn: tuple, step: int = 0) -> None:
         """Fills a contiguous tensor: a step of one term whose weight is 0, so that the kernels for one term serve."""
-        row = array("d", [step, 0, 0, 1, 0])
+        row = array("d", bytes(8 * W_D))
+        row[COUNTER], row[W_NOISE] = step, 1
         rows = (row.buffer_info()[0], 0, 0, len(row), 1, 1, 0, 0, 0)
-        self.run(packed(0, 0, 0, 0, 0, 1, 0, *rows, 0, *NO_RING, *drawn, id(out), id(out)), 0.0, out)
+        self.run(packed(0, 0, 0, 0, 0, 0, 1, 0, *rows, 0, *NO_RING, *drawn, id(out), id(out)), 0.0, out)
 
     def plan(self, sigmas: Tensor, alphas: Tensor | None, options, orders: Tensor | None) -> tuple[Tensor, Tensor]:
         num_steps, order, scaler = len(sigmas) - 1, max(options.orders), options.noise_scaler
         table = torch.empty(num_steps, W_D + order, dtype=torch.float64, device=sigmas.device)
         schedule = torch.empty(3, num_steps + 1, dtype=torch.float64, device=sigmas.device)
         sigmas, alphas = sigmas.contiguous(), None if alphas is None else alphas.contiguous()
+        etas = options.eta if isinstance(options.eta, Tensor) else None
         call = PlanCall(
             num_steps, order, options.first_step, options.integration_points or 0,
             sigmas.data_ptr(), 0 if alphas is None else alphas.data_ptr(),
             NUMBER[sigmas.dtype], 0 if alphas is None else NUMBER[alphas.dtype], 0 if orders is None else orders.data_ptr(),
+            0 if etas is None else etas.data_ptr(),
             *(str(name).encode() for name in (options.process, scaler.form, options.method)),
-            scaler.strength * (1 if options.eta is None else options.eta),
+            scaler.strength * (1 if etas is not None else options.eta),
             *(math.nan if value is None else value for value in (options.node_scale, options.s_noise)),
             -1 if options.guidance is None else options.guidance, table.data_ptr(), schedule.data_ptr(),
         )  # fmt: skip
@@ -295,12 +301,12 @@ class CPULibrary(Library):
 
 
 def packed(*words: int) -> bytes:
-    return struct.pack(f"{len(words)}q", *words)
+    return struct.pack(FORMATS[len(words)], *words)
 
 
 def signed(word: int) -> int:
     """64 bits as a signed number."""
-    return (word + 2**63 & MASK) - 2**63
+    return word if 0 <= word < 2**63 else (word + 2**63 & MASK) - 2**63
 
 
 def _is_unwatched() -> bool:
@@ -309,12 +315,17 @@ def _is_unwatched() -> bool:
         _len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
         and peek_interpreter_stack() is None
-        and not _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
+        and not _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
     )
 
 
 def _rows(table: Tensor, i, x: Tensor, ring: Tensor | None) -> tuple[int, ...]:
     """The words from `row` to `index_stride`: see set_rows of binding.cpp."""
+    if type(i) is int and ring is None and table.dim() == 2 and table.is_cpu:
+        num_steps, columns = table.shape
+        if not 0 <= i < num_steps:
+            raise NotPlain
+        return (table.data_ptr() + 8 * columns * i, i, 0, columns, 1, num_steps, 0, 0, 0)
     *num_plans, num_steps, columns = table.shape
     if isinstance(i, tuple):
         if len(i) != 2 or not num_plans or table.device != x.device:
@@ -365,13 +376,13 @@ def _scale(scale, x: Tensor) -> tuple[float, int]:
     return float(scale), 0
 
 
-def _portable(seed, device: torch.device) -> tuple[tuple[int, ...], Tensor | None]:
+def _portable(seed, x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
     """The words of the portable stream, and the table that they point to."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if type(seed) is int:
         return (PORTABLE, 0, signed(seed), 0, 0), None
     if type(seed) not in PLAIN:
         raise NotPlain
-    seed = seed.to(device, non_blocking=True).contiguous()
+    seed = seed.to(x.device, non_blocking=True).contiguous()
     return (PORTABLE, seed.data_ptr(), 0, 0, 0), seed
 
 

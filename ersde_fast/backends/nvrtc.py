@@ -31,7 +31,7 @@ class Device(ctypes.Structure):
     """`ersde_device`."""
 
     _fields_ = [
-        ("launch", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("launch", "capture_info")),
         *((name, ctypes.c_int64) for name in ("index", "multiprocessors", "early", "wanted", "error")),
         ("kernels", ctypes.c_void_p * KERNELS),
     ]
@@ -218,6 +218,7 @@ class CUDALibrary(Library):
     def __init__(self, library: ctypes.CDLL, driver: ctypes.CDLL, compiler: Compiler):
         super().__init__(library)
         self.driver, self.compiler = driver, compiler
+        self._step = self.objects.ersde_step_objects_cuda
         self._devices: dict[int, tuple[int, Device]] = {}  # and its address
         self._streams: dict[int, int] = {}  # what is known of torch's stream on each device
         self._lock = threading.Lock()
@@ -227,7 +228,11 @@ class CUDALibrary(Library):
         return x.is_cuda
 
     def run(self, call, factor, x):
-        return self._launch(x.get_device(), self.objects.ersde_step_objects_cuda, call, factor, self.api)
+        index = x.get_device()
+        if index in self._devices and torch._C._cuda_getDevice() == index:
+            if not self._step(call, factor, self.api, self._devices[index][0]):
+                return 0
+        return self._launch(index, self._step, call, factor, self.api)
 
     def run_plan(self, call, device):
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -253,9 +258,10 @@ class CUDALibrary(Library):
 
     def _new_device(self, index: int) -> tuple[int, Device]:
         properties = torch.cuda.get_device_properties(index)
-        launch = ctypes.cast(self.driver.cuLaunchKernelEx, ctypes.c_void_p).value
-        early = properties.major >= 9
-        device = Device(launch, index, properties.multi_processor_count, early)
+        functions = self.driver.cuLaunchKernelEx, getattr(self.driver, "cuStreamGetCaptureInfo_v3", None)
+        addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+        early = properties.major >= 9 and addresses[1] is not None
+        device = Device(*addresses, index, properties.multi_processor_count, early)
         return self._devices.setdefault(index, (ctypes.addressof(device), device))
 
     def _load_kernel(self, index: int, device: Device) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 try:
+    import comfy.model_patcher
     import comfy.model_sampling
     import comfy.samplers
     from comfy.k_diffusion import sampling as k_diffusion_sampling
@@ -27,6 +28,12 @@ OFFSET = 1e-4  # how far the built-in sampler moves the start of a flow off sigm
 SOLVERS = {"ER-SDE": "sde_5", "Reverse-time SDE": "sde", "ODE": "ode"}
 TORCH, PORTABLE = "ComfyUI's (torch)", "portable"
 BY_GUIDANCE = "by cfg"
+WINDOW = {
+    "min": 0.0,
+    "max": 1.0,
+    "step": 0.001,
+    "tooltip": "noise is added between these shares of the model's times, as SamplerSASolver's sde_start_percent and sde_end_percent",
+}
 SEARCHED = 256  # images of a batch whose numbers are found
 
 
@@ -45,8 +52,11 @@ def sample_er_sde_fast(
     method: str | None = None,
     node_scale: float | None = None,
     eta: float = 1.0,
+    noise_start: float = 0.0,
+    noise_end: float = 1.0,
     portable: bool = False,
     compatible: bool = False,
+    cfg_pp: bool = False,
 ) -> Tensor:
     """`sample_er_sde` as a ComfyUI sampler: asks the model for its schedule, and for the seed of the run.
 
@@ -54,9 +64,13 @@ def sample_er_sde_fast(
         model, x, sigmas, extra_args, callback, disable, s_noise, noise_sampler: ComfyUI's.
         noise_scaler, max_stage, method, node_scale, eta: see `ersde_fast.er_sde_plan`. Where none of order, method and node_scale
             is named, the model's cfg chooses them.
+        noise_start, noise_end: the window of the noise, as shares of the model's times from noise to data: a step whose end lies
+            outside has eta 0.
         portable: draws the portable stream at the run's seed and the image's number in its batch, the same bits on every
             machine; else the noise is what torch draws at the seed at which ComfyUI's own samplers draw theirs.
         compatible: the built-in er_sde again, to float32 rounding: its sums of 200 points and its start of flows off sigma 1.
+        cfg_pp: the steps by CFG++, as the built-in samplers of that name: at the model's cfg, from its prediction and its
+            unconditional one.
     """
     if len(sigmas) < 2:
         return x
@@ -64,6 +78,11 @@ def sample_er_sde_fast(
     flow = isinstance(model_sampling, comfy.model_sampling.CONST)
     if flow and compatible and sigmas[0] >= 1:
         sigmas = torch.cat([sigmas.new_tensor([model_sampling.percent_to_sigma(OFFSET)]), sigmas[1:]])
+    if not 0 <= noise_start <= noise_end <= 1:
+        raise ValueError(f"noise_start and noise_end must be from 0 to 1, in this order, got {noise_start} and {noise_end}")
+    if (noise_start, noise_end) != (0, 1):
+        first, last = map(model_sampling.percent_to_sigma, (noise_start, noise_end))
+        eta = [eta if last <= sigma <= first else 0.0 for sigma in sigmas[1:].tolist()]
     source, seed = {}, (extra_args or {}).get("seed")
     if portable:
         if seed is None or noise_sampler is not None:
@@ -74,13 +93,43 @@ def sample_er_sde_fast(
     elif seed is not None:
         seed += x.device.type == "cpu"  # ComfyUI's latents come from the CPU's generator at the seed itself
         source = {"generator": torch.Generator(x.device).manual_seed(seed % 2**64)}
+    called = (model, extra_args)
+    if cfg_pp:
+        source["cfg_pp"] = 1.0  # the model's prediction is guided already
+        called = (with_unconditional(model, extra_args or {}), None)
     named = compatible or any(value is not None for value in (max_stage, method, node_scale))
     return sample_er_sde(
-        model, x, sigmas, extra_args, callback, disable, s_noise * getattr(model_sampling, "noise_scale", 1.0),
+        called[0], x, sigmas, called[1], callback, disable, s_noise * getattr(model_sampling, "noise_scale", 1.0),
         noise_scaler=noise_scaler, max_stage=max_stage, process="flow" if flow else "ve", method=method, node_scale=node_scale,
         integration_points=200 if compatible else None, eta=eta, guidance=None if named else guidance_of(model.inner_model),
         **source,
     )  # fmt: skip
+
+
+def with_unconditional(model, extra_args: dict):
+    """A model of (x, sigma) to the pair of its prediction, guided at its own cfg, and the unconditional one."""
+    seen = {}
+
+    def post_cfg(args: dict) -> Tensor:
+        if args.get("uncond") is None:
+            raise ValueError(f"{NAME}_cfg_pp needs a negative condition, which this guider does not have: use {NAME}")
+        seen["unconditional"] = args["uncond_denoised"]
+        return args["denoised"]
+
+    options = comfy.model_patcher.set_model_options_post_cfg_function(
+        extra_args.get("model_options", {}).copy(), post_cfg, disable_cfg1_optimization=True
+    )
+
+    def both(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        denoised = model(x, sigma, **{**extra_args, "model_options": options})
+        return denoised, seen.pop("unconditional")
+
+    return both
+
+
+def sample_er_sde_fast_cfg_pp(*args, **kwargs) -> Tensor:
+    """`sample_er_sde_fast` with the steps by CFG++."""
+    return sample_er_sde_fast(*args, **kwargs, cfg_pp=True)
 
 
 def guidance_of(guider) -> float | None:
@@ -180,16 +229,22 @@ class SamplerERSDEFast:
                         "tooltip": "the images of the built-in er_sde: its rule in the place of method and node_scale",
                     },
                 ),
-            }
+            },
+            "optional": {  # behind all others, which workflows that were saved before know by their place
+                "noise_start": ("FLOAT", WINDOW | {"default": 0.0}),
+                "noise_end": ("FLOAT", WINDOW | {"default": 1.0}),
+            },
         }
 
-    def get_sampler(self, solver_type, order, eta, s_noise, method, node_scale, noise, compatible):
+    def get_sampler(
+        self, solver_type, order, eta, s_noise, method, node_scale, noise, compatible, noise_start=0.0, noise_end=1.0
+    ):
         if compatible and noise != TORCH:
             raise ValueError(f"compatible needs {TORCH} noise, got {noise}")
         if compatible and order > 3:
             raise ValueError(f"compatible needs order 1 to 3, which the built-in er_sde has, got {order}")
         options = {"s_noise": s_noise, "noise_scaler": SOLVERS[solver_type], "max_stage": order, "eta": eta}
-        options |= {"portable": noise == PORTABLE, "compatible": compatible}
+        options |= {"noise_start": noise_start, "noise_end": noise_end, "portable": noise == PORTABLE, "compatible": compatible}
         if method == BY_GUIDANCE and not compatible:
             if (order, node_scale) != (ORDER, NODE_SCALE):
                 raise ValueError(
@@ -203,11 +258,12 @@ class SamplerERSDEFast:
 
 
 def register() -> None:
-    """Puts the sampler into ComfyUI's lists, once."""
-    setattr(k_diffusion_sampling, f"sample_{NAME}", sample_er_sde_fast)
-    for names in (comfy.samplers.KSAMPLER_NAMES, comfy.samplers.SAMPLER_NAMES):
-        if NAME not in names:
-            names.append(NAME)
+    """Puts the samplers into ComfyUI's lists, once."""
+    for name, function in ((NAME, sample_er_sde_fast), (f"{NAME}_cfg_pp", sample_er_sde_fast_cfg_pp)):
+        setattr(k_diffusion_sampling, f"sample_{name}", function)
+        for names in (comfy.samplers.KSAMPLER_NAMES, comfy.samplers.SAMPLER_NAMES):
+            if name not in names:
+                names.append(name)
 
 
 NODE_CLASS_MAPPINGS = {"SamplerERSDEFast": SamplerERSDEFast}
