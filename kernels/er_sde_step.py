@@ -384,8 +384,8 @@ def step(request: StepRequest):
         drawn = take_torch_stream(x, request.noise.generator)
     launch(
         x.contiguous(), [d.contiguous() for d in request.history[: request.plan.order]],
-        None if unconditional is None else unconditional.contiguous(), noise, result, predicted,
-        *row_of(request.plan, request.i, x.device), scale, drawn,
+        None if unconditional is None else unconditional.contiguous(), noise, (result, predicted),
+        row_of(request.plan, request.i, x.device), scale, drawn,
     )  # fmt: skip
     next_sample = next_sample if result is next_sample else next_sample.copy_(result)
     if not predicts:
@@ -419,18 +419,17 @@ def portable(seeds: int | Tensor, x: Tensor) -> Drawn:
     return Drawn(PORTABLE.value, seeds % 2**64)
 
 
-def row_of(plan: columns.Table, i, device: torch.device) -> tuple[Sequence[float] | None, tuple]:
-    """A step's row as numbers where the host has them, and the table and the indices that the kernel reads otherwise."""
+def row_of(plan: columns.Table, i, device: torch.device) -> Sequence[float] | tuple[Tensor, Tensor | None, Tensor | None]:
+    """A step's row as numbers where the host has them; else the table and the indices (plan, step) that the kernel reads, which
+    without them is the table's first row."""
     if isinstance(i, tuple):
-        return None, (plan.to(device).table, *i)
+        return plan.to(device).table, *i
     if isinstance(i, Tensor) and i.device == device:
-        return None, (plan.to(device).table, None, i)
-    if plan.table.is_cpu:
-        return plan.table[int(i)].tolist(), NO_TABLE
-    return None, (plan.table[int(i), None], None, None)
+        return plan.to(device).table, None, i
+    row = plan.table[int(i)]
+    return row.tolist() if row.is_cpu else (row[None], None, None)
 
 
-NO_TABLE = (None, None, None)
 NO_ROW = (0, *[0.0] * 9)
 NO_WEIGHTS = (0.0,) * 5
 
@@ -459,24 +458,24 @@ MOST_LAUNCHES = 4096
 IS_KNOWN = tuple(triton.__version__.split(".")[:2]) in [("3", "6"), ("3", "7"), ("3", "8"), ("3", "9")]
 
 
-def launch(x, history, unconditional, noise, out, denoised, row, lookup, scale, drawn: Drawn) -> None:
+def launch(x, history, unconditional, noise, outputs, row, scale, drawn: Drawn) -> None:
     """The kernel on contiguous tensors of one device, that are not empty.
 
     Args:
         x, history, unconditional, noise: what is read; what is None is not there.
-        out, denoised: what is written, of the dtype of x.
-        row: the row of the table as numbers; or None, and lookup is (table, plan_index, step_index) of the device, of which
-            None, None is the table's first row, and None, step_index a row of a plan.
+        outputs: the next sample and the prediction or None, of the dtype of x.
+        row: as `row_of` returns.
         scale: of the guidance, a number or float64 [batch].
     """
     device = x.get_device()
     if x.is_cuda and torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
-            return launch(x, history, unconditional, noise, out, denoised, row, lookup, scale, drawn)
-    table, plan_index, step_index = lookup
+            return launch(x, history, unconditional, noise, outputs, row, scale, drawn)
     source, seed, seeds, offset, threads = drawn
+    table = plan_index = step_index = None
     indexed, order, num_plans, num_steps = 0, 0, 1, 1
-    if row is None:
+    if isinstance(row[0], Tensor):
+        table, plan_index, step_index = row
         row, indexed = NO_ROW, 1 if step_index is None else 2 if plan_index is None else 3
         *plans, num_steps, width = table.shape
         order, num_plans = width - columns.W_D, plans[0] if plans else 1
@@ -487,7 +486,7 @@ def launch(x, history, unconditional, noise, out, denoised, row, lookup, scale, 
         scale, scales = 1.0, scale
     elif scale is None:
         scale = 1.0
-    vectors = [x, *history, *[None] * (5 - len(history)), unconditional, noise, out, denoised]
+    vectors = [x, *history, *[None] * (5 - len(history)), unconditional, noise, *outputs]
     others = [seeds, table, plan_index, step_index, scales]
     addresses = [None if t is None else t.data_ptr() for t in vectors]
     numbers = (num_plans, num_steps, float(scale), seed, offset, threads, *row)
@@ -514,7 +513,7 @@ def launch(x, history, unconditional, noise, out, denoised, row, lookup, scale, 
     wide = any(t is not None and t.dtype == torch.float64 for t in vectors)
     guided = 0 if unconditional is None else 1 if scales is None else 2
     constants = (
-        order, len(history), indexed, denoised is not None, guided, noise is not None, source, seeds is not None, wide, block,
+        order, len(history), indexed, outputs[1] is not None, guided, noise is not None, source, seeds is not None, wide, block,
         turns, NVIDIA,
     )  # fmt: skip
     # What is absent stands as x, since Triton compiles another kernel for each None.

@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [*(ROOT / "ersde_fast").rglob("*.py"), *(ROOT / "csrc").iterdir(), *(ROOT / "kernels").glob("*.py")]
 MODULES = [path for path in FILES if path.suffix == ".py"]
-# Users' own calls by keyword, the interfaces of other tools, and functions of a kernel's language.
+# Users' own calls by keyword, what answers them at once, the interfaces of other tools, and functions of a kernel's language.
 MANY = {
     "fast_step", "er_sde_plan", "sample_er_sde", "generate", "er_sde_sampler", "sample_er_sde_fast",
-    "er_sde_step", "combine_and_store",
+    "er_sde_step", "combine_and_store", "step",
 }  # fmt: skip
 
 

@@ -98,11 +98,9 @@ class TritonKernels:
                 drawn = self.module.take_torch_stream(x, generator)
             else:
                 noise = TorchStream(generator).draw(x)
-        result, prediction = torch.empty_like(x), torch.empty_like(x) if predicts else None
-        self.module.launch(
-            x, inputs[1 : 1 + uses], unconditional, noise, result, prediction, row, self.module.NO_TABLE, scale, drawn
-        )
-        return result if prediction is None else (result, prediction)
+        outputs = torch.empty_like(x), torch.empty_like(x) if predicts else None
+        self.module.launch(x, inputs[1 : 1 + uses], unconditional, noise, outputs, row, scale, drawn)
+        return outputs if predicts else outputs[0]
 
 
 def _is_scale(scale) -> bool:
