@@ -12,7 +12,7 @@ else
 PY := $(VENV)/bin/python
 endif
 
-.PHONY: env demo test lint sanitize bench quality clean
+.PHONY: env demo test lint sanitize wheels bench quality clean
 .DELETE_ON_ERROR:
 
 env: $(if $(PYTHON),build,$(VENV)/done)
@@ -69,5 +69,17 @@ bench: env
 quality: env
 	$(PY) bench/quality/study.py
 
+# A wheel a platform into dist/, for every Python and torch, by one compiler that knows them all (the first time it builds their C
+# libraries, four minutes), then checked as far as one machine can. macOS's is never run here.
+WHEELS := build/wheels
+wheels:
+	rm -rf dist $(WHEELS) build/*_*64
+	python3 -m venv $(WHEELS)
+	$(WHEELS)/bin/pip install -q "setuptools>=77" wheel auditwheel lief ziglang==0.17.1
+	for platform in manylinux2014_x86_64 manylinux2014_aarch64 macosx_11_0_arm64 win_amd64; do \
+		ERSDE_FAST_WHEEL=$$platform $(WHEELS)/bin/pip wheel -q --no-build-isolation --no-deps -w dist . || exit 1; \
+	done
+	$(WHEELS)/bin/python tests/check_wheels.py dist
+
 clean:
-	rm -rf $(VENV) build out ersde_fast/*.so ersde_fast/_build_info.py *.egg-info
+	rm -rf $(VENV) build dist out ersde_fast/*.so ersde_fast/_kernels.* ersde_fast/_build_info.py *.egg-info

@@ -1,39 +1,91 @@
-"""Builds the extension against the torch that is installed; without a compiler installs the pure-PyTorch path.
+"""Builds the kernels: as a library by any C++ compiler, and as an extension against the torch that is installed.
 
-Why a part is missing, and for which torch the rest is, is written to ersde_fast/_build_info.py, which backends/extension.py reads.
-ERSDE_FAST_PURE=1 builds no extension; ERSDE_FAST_REQUIRE=1 turns a missing CPU kernel into an error, for continuous
-integration; ERSDE_FAST_SANITIZE=address,undefined (or thread) builds it with those sanitizers, see `make sanitize`.
+The library, ersde_fast/_kernels.so, knows neither torch nor Python and serves all of them. The extension is quicker on the host, and is
+built beside it where there are a compiler and torch. Why there is none, and for which torch it is, is written to
+ersde_fast/_build_info.py, which backends/extension.py reads.
+
+ERSDE_FAST_PURE=1 builds neither; ERSDE_FAST_REQUIRE=1 turns a missing extension into an error, for continuous integration;
+ERSDE_FAST_SANITIZE=address,undefined (or thread) builds them with those sanitizers, see `make sanitize`;
+ERSDE_FAST_WHEEL=win_amd64, or another key of WHEELS, builds the library for that platform by PyPI's ziglang, see `make wheels`.
 """
 
+import importlib.util
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 PURE = os.environ.get("ERSDE_FAST_PURE") == "1"
 REQUIRE = os.environ.get("ERSDE_FAST_REQUIRE") == "1"
 SANITIZE = os.environ.get("ERSDE_FAST_SANITIZE")
+WHEEL = os.environ.get("ERSDE_FAST_WHEEL")
+WHEELS = {  # the tag of a platform to zig's name of it
+    "manylinux2014_x86_64": "x86_64-linux-gnu.2.17",
+    "manylinux2014_aarch64": "aarch64-linux-gnu.2.17",
+    "macosx_11_0_arm64": "aarch64-macos.11.0",
+    "win_amd64": "x86_64-windows-gnu",
+}
+PLATFORM = (WHEEL or sysconfig.get_platform())[:3]
+LIBRARY = "_kernels" + {"win": ".dll", "mac": ".dylib"}.get(PLATFORM, ".so")
+CXX = os.environ.get("CXX", "c++")
 reasons = {}
 
-
-CXX_FLAGS = [
+FLAGS = [
     "-O3",
     "-ffp-contract=off",  # every fma of the kernels is written out: contraction would change their bits
     "-fno-math-errno",  # or sqrt is a call
     "-fno-trapping-math",  # or selects are branches
-    "-fopenmp",  # or torch's parallel_for is serial
     "-fvisibility=hidden",
     "-Werror=switch",  # an enumerator that a switch forgets
     *(["-g1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined"] if SANITIZE else ["-g0"]),
 ]
-LINK_FLAGS = ["-fopenmp", f"-fsanitize={SANITIZE}" if SANITIZE else "-s"]
+STRIP = f"-fsanitize={SANITIZE}" if SANITIZE else "-s"
+LIBRARY_FLAGS = [*FLAGS, "-std=c++17", "-fno-exceptions", *([] if PLATFORM == "win" else ["-fPIC"])]
+EXTENSION_FLAGS = [*FLAGS, "-fopenmp"]  # or torch's parallel_for is serial
+LIBRARY_SOURCES = ["er_sde_step_cpu", "er_sde_plan_cpu", "er_sde_c"]  # all but the last are the extension's too
 HEADERS = [str(path) for path in Path("csrc").glob("*.h")]
-SOURCES = ["csrc/binding.cpp", "csrc/er_sde_step_cpu.cpp", "csrc/er_sde_plan_cpu.cpp"]
+
+
+def library_compiler():
+    """The commands that compile and that link the library, or None."""
+    if not WHEEL:
+        for name in (CXX, "g++", "clang++"):
+            if shutil.which(shlex.split(name)[0]):
+                return shlex.split(name), shlex.split(name)
+    if importlib.util.find_spec("ziglang") is None:
+        return None
+    zig, target = [sys.executable, "-m", "ziglang"], ["-target", WHEELS[WHEEL]] if WHEEL else []
+    return [*zig, "c++", *target], [
+        *zig,
+        "cc",
+        *target,
+    ]  # linked by c++ it would first build the library of C++, which is not used
+
+
+def build_library(compiler, linker, temporary, folder):
+    """The library, in that folder; returns the objects of the kernels."""
+    temporary.mkdir(parents=True, exist_ok=True)
+    objects = [str(temporary / f"{name}.o") for name in LIBRARY_SOURCES]
+    commands = [
+        [*compiler, *LIBRARY_FLAGS, "-c", f"csrc/{name}.cpp", "-o", made]
+        for name, made in zip(LIBRARY_SOURCES, objects, strict=True)
+    ]
+    running = [subprocess.Popen(command) for command in commands]
+    failed = [command for command, process in zip(commands, running, strict=True) if process.wait() != 0]
+    if failed:
+        raise SetupError(shlex.join(failed[0]))
+    name = [f"-Wl,-install_name,@rpath/{LIBRARY}"] if PLATFORM == "mac" else []  # or the place where it was built
+    subprocess.run([*linker, "-shared", STRIP, *name, *objects, "-o", temporary / LIBRARY], check=True)
+    shutil.copy(temporary / LIBRARY, folder)
+    return objects[:-1]
 
 
 def cuda_extension(torch, cpp_extension):
@@ -50,11 +102,11 @@ def cuda_extension(torch, cpp_extension):
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0;12.0+PTX")
     return cpp_extension.CUDAExtension(
         "ersde_fast._C",
-        [*SOURCES, "csrc/er_sde_step.cu", "csrc/er_sde_plan.cu"],
+        ["csrc/binding.cpp", "csrc/er_sde_step.cu", "csrc/er_sde_plan.cu"],
         depends=HEADERS,
         define_macros=[("ERSDE_WITH_CUDA", None)],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},
-        extra_link_args=LINK_FLAGS,
+        extra_compile_args={"cxx": EXTENSION_FLAGS, "nvcc": ["-O3"]},
+        extra_link_args=["-fopenmp", STRIP],
     )
 
 
@@ -68,84 +120,103 @@ def import_torch():
     return torch
 
 
-class BuildNothing(build_ext):
-    """Where no extension is wanted; where none can be, an error once something is to be built: archives and metadata can."""
-
-    def run(self):
-        if not PURE:
-            raise SetupError(reasons["cpu"])
-        write_build_info(Path(self.build_lib, "ersde_fast"))
-        if self.inplace:
-            write_build_info(Path("ersde_fast"))
-
-    def get_outputs(self):
-        return []
-
-
-def extension():
-    """The extension module and its build command."""
+def find_extensions():
+    """The extension as it may be built, the best first: by backend. The command that builds it, and the version of torch."""
     if PURE:
         reasons["cpu"] = "ersde-fast was built with ERSDE_FAST_PURE=1: reinstall it without"
-        return Extension("ersde_fast._C", []), BuildNothing
+        return {}, build_ext, None
+    if WHEEL:
+        reasons["cpu"] = "this ersde-fast is a wheel, which brings the library of kernels instead of the extension"
+        return {}, build_ext, None
     try:
         torch = import_torch()
         from torch.utils import cpp_extension
     except ImportError as error:
         reasons["cpu"] = (
-            f"ersde-fast is built against the torch that is installed, and none can be imported here ({error}): install torch, "
-            f"then pip install --no-build-isolation . (ERSDE_FAST_PURE=1 installs it without a kernel, many times slower)"
+            f"the extension is built against the torch that is installed, and none could be imported when ersde-fast was built "
+            f"({error}): install torch, then pip install --no-build-isolation ."
         )
-        return Extension("ersde_fast._C", []), BuildNothing
-
-    class BuildOrSay(cpp_extension.BuildExtension):
-        """Builds the extension with CUDA, else without, else not at all, and says why."""
-
-        def build_extensions(self):
-            compiler = os.environ.get("CXX", "c++")
-            if shutil.which(compiler) is None and shutil.which("g++") is None:
-                self.give_up(
-                    "cpu", f"no C++ compiler was found when ersde-fast was built ({compiler}): install one and reinstall"
-                )
-            else:
-                for backend, ext in [("cuda", with_cuda), ("cpu", cpu_only)]:
-                    if ext is None:
-                        continue
-                    self.extensions = [ext]
-                    try:
-                        super().build_extensions()
-                        break
-                    except Exception as error:
-                        self.give_up(backend, f"the {backend} kernel did not compile when ersde-fast was built: {error}")
-            write_build_info(Path(self.build_lib, "ersde_fast"), torch.__version__)
-
-        def give_up(self, backend, reason):
-            if REQUIRE:
-                raise RuntimeError(reason)
-            reasons[backend] = reason
-            self.extensions = []
-
-        def get_outputs(self):
-            return [path for path in super().get_outputs() if Path(path).exists()]
-
-        def copy_extensions_to_source(self):
-            write_build_info(Path("ersde_fast"), torch.__version__)
-            if self.extensions:
-                super().copy_extensions_to_source()
-
-    with_cuda = cuda_extension(torch, cpp_extension)
-    cpu_only = cpp_extension.CppExtension(
-        "ersde_fast._C", SOURCES, depends=HEADERS, extra_compile_args=CXX_FLAGS, extra_link_args=LINK_FLAGS
+        return {}, build_ext, None
+    found = {"cuda": cuda_extension(torch, cpp_extension)}
+    found["cpu"] = cpp_extension.CppExtension(
+        "ersde_fast._C",
+        ["csrc/binding.cpp"],
+        depends=HEADERS,
+        extra_compile_args=EXTENSION_FLAGS,
+        extra_link_args=["-fopenmp", STRIP],
     )
-    build = BuildOrSay.with_options(use_ninja=shutil.which("ninja") is not None)
-    return with_cuda or cpu_only, build
+    command = cpp_extension.BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
+    return {backend: ext for backend, ext in found.items() if ext}, command, torch.__version__
 
 
-def write_build_info(folder, torch_version=None):
+extensions, command, torch_version = find_extensions()
+
+
+class BuildOrSay(command):
+    """Builds the library, then the extension with CUDA, else without, else not at all, and says why."""
+
+    def build_extensions(self):
+        folder = Path(self.build_lib, "ersde_fast")
+        folder.mkdir(parents=True, exist_ok=True)
+        if REQUIRE and not PURE and not extensions:
+            raise SetupError(reasons["cpu"])
+        objects = [] if PURE else self.build_library(folder)
+        self.extensions = []
+        for backend, ext in extensions.items() if "cpu" not in reasons else ():
+            ext.extra_objects = objects
+            self.extensions = [ext]
+            try:
+                super().build_extensions()
+                break
+            except Exception as error:
+                self.give_up(backend, f"the {backend} kernel did not compile when ersde-fast was built: {error}")
+        write_build_info(folder)
+
+    def build_library(self, folder):
+        compiler = library_compiler()
+        if compiler is None or (not WHEEL and "ziglang" in compiler[0]):
+            self.give_up("cpu", f"no C++ compiler was found when ersde-fast was built ({CXX}): install one and reinstall")
+        try:
+            return build_library(*compiler, Path(self.build_temp), folder) if compiler else []
+        except (OSError, SetupError, subprocess.CalledProcessError) as error:
+            self.give_up("cpu", f"the kernels did not compile when ersde-fast was built: {error}")
+            return []
+
+    def give_up(self, backend, reason):
+        if REQUIRE or WHEEL:
+            raise SetupError(reason)
+        reasons[backend] = reason
+        self.extensions = []
+
+    def get_outputs(self):
+        outputs = [*super().get_outputs(), str(Path(self.build_lib, "ersde_fast", LIBRARY))]
+        return [path for path in outputs if Path(path).exists()]
+
+    def copy_extensions_to_source(self):
+        write_build_info(Path("ersde_fast"))
+        library = Path(self.build_lib, "ersde_fast", LIBRARY)
+        if library.exists():
+            shutil.copy(library, "ersde_fast")
+        if self.extensions:
+            super().copy_extensions_to_source()
+
+
+class Wheel(bdist_wheel):
+    """For one Python where the extension is in it; for all where the library is alone."""
+
+    def get_tag(self):
+        tag = super().get_tag()
+        return ("py3", "none", WHEEL or tag[2]) if "cpu" in reasons else tag
+
+
+def write_build_info(folder):
     """Into the package that is built, in the source or in a wheel."""
-    if folder.is_dir():
-        said = '"""Written by setup.py: why a backend was not built, and for which torch the others were."""\n\n'
-        (folder / "_build_info.py").write_text(f"{said}REASONS = {reasons!r}\nTORCH = {torch_version!r}\n")
+    said = '"""Written by setup.py: why a part of the extension was not built, and for which torch the rest was."""\n\n'
+    (folder / "_build_info.py").write_text(f"{said}REASONS = {reasons!r}\nTORCH = {torch_version!r}\n")
 
 
-ext_module, command = extension()
-setup(ext_modules=[ext_module], cmdclass={"build_ext": command})
+setup(
+    ext_modules=list(extensions.values())[:1] or [Extension("ersde_fast._C", [])],
+    cmdclass={"build_ext": BuildOrSay, "bdist_wheel": Wheel},
+    options={"build": {"build_base": f"build/{WHEEL}"}} if WHEEL else {},
+)

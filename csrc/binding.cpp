@@ -285,7 +285,7 @@ py::object step(const StepCall& call) {
   if (predicts) uses = std::max<int64_t>(uses, 1);
   if (ring && (given != 1 || ring->size(0) != order || known_step >= 0)) return py::none();
   if (!ring && given < uses) {
-    if (row || !trusted) return py::none();
+    if (row || !trusted || (predicts && given == 0)) return py::none();
     uses = given;
   }
   a.rows.predictions = (int)uses;
@@ -322,6 +322,7 @@ py::object step(const StepCall& call) {
       if (!guide) return py::none();
       a.rows.guided = true;
       add_operand(a.guide, *guide, dtype);
+      if (call.cfg_pp.ptr() == Py_True) add_term(*guide, ersde::kWGuide, dtype);
       if (scales) {
         if (scales->scalar_type() != at::kDouble || scales->dim() != 1 || scales->size(0) != (x.dim() ? x.size(0) : 1)) return py::none();
         if (scales->device() != x.device() || !scales->is_contiguous()) return py::none();
@@ -501,8 +502,8 @@ std::vector<std::string> names_of(const std::pair<const char*, Enum> (&known)[n]
   return names;
 }
 // The table of a plan [num_steps, kWD + order] and its levels [3, num_steps + 1], sigmas, alphas, er_lambdas, on the device of
-// sigmas, without waiting for it. options: PlanOptions of weights.py; orders: theirs as int32 [num_steps] there, or None where
-// they are alike.
+// sigmas, without waiting for it. options: PlanOptions of weights.py, whose eta is a number or float64 [num_steps] there; orders:
+// theirs as int32 [num_steps] there, or None where they are alike.
 py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas, py::handle options,
                const std::optional<at::Tensor>& orders) {
   const auto option = [&](const char* name) { return options.attr(name); };
@@ -518,13 +519,14 @@ py::tuple plan(const at::Tensor& sigmas, const std::optional<at::Tensor>& alphas
   a.sigmas = s.const_data_ptr();
   a.alphas = alphas ? given.const_data_ptr() : nullptr;
   a.process = alphas ? ersde::Process::given : named("process", text("process"), ersde::kProcesses);
-  a.order = 0;
   for (const py::handle order : option("orders")) a.order = std::max(a.order, order.cast<int>());
   TORCH_CHECK_VALUE(a.order >= 1 && a.order <= ersde::kMaxPredictions, "order must be 1 to ", ersde::kMaxPredictions, ", got ", a.order);
   a.orders = orders ? orders->const_data_ptr<int32_t>() : nullptr;
   const py::object scaler = option("noise_scaler");
   a.scaler = named("noise_scaler.form", scaler.attr("form").cast<std::string>(), ersde::kScalers);
-  a.strength = scaler.attr("strength").cast<double>() * number("eta", 1);
+  const at::Tensor* etas = tensor_of(option("eta"));
+  a.etas = etas ? etas->const_data_ptr<double>() : nullptr;
+  a.strength = scaler.attr("strength").cast<double>() * (etas ? 1 : number("eta", 1));
   a.method = named("method", text("method"), ersde::kMethods);
   a.node_scale = number("node_scale", NAN);
   a.integration_points = (int)number("integration_points", 0);
@@ -574,7 +576,7 @@ PYBIND11_MODULE(_C, m) {
   facts["max_dims"] = ersde::kMaxDims;
   facts["max_order"] = ersde::kMaxPredictions;
   facts["columns"] = py::dict("COUNTER"_a = (int)ersde::kCounter, "P_X"_a = (int)ersde::kPX, "P_M"_a = (int)ersde::kPM,
-                              "W_NOISE"_a = (int)ersde::kWNoise, "W_X"_a = (int)ersde::kWX, "W_D"_a = (int)ersde::kWD);
+                              "W_GUIDE"_a = (int)ersde::kWGuide, "W_NOISE"_a = (int)ersde::kWNoise, "W_X"_a = (int)ersde::kWX, "W_D"_a = (int)ersde::kWD);
   facts["processes"] = names_of(ersde::kProcesses);
   facts["forms"] = names_of(ersde::kScalers);
   facts["methods"] = names_of(ersde::kMethods);

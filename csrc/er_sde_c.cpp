@@ -13,6 +13,7 @@ namespace {
 
 using namespace ersde;
 
+static_assert((int)ersde_w_guide == kWGuide && (int)ersde_w_noise == kWNoise && (int)ersde_w_d == kWD);
 static_assert(sizeof(ersde_call) % sizeof(int64_t) == 0);
 
 // The arguments of a kernel from the words of a call, which the views point into.
@@ -72,7 +73,7 @@ bool read(Step& s, const int64_t* words, double scale) {
   while (row && uses > 0 && row[kWD + uses - 1] == 0) --uses;
   if (call.predicts) uses = std::max<int64_t>(uses, 1);
   if (!call.ring && call.predictions < uses) {
-    if (row) return false;
+    if (row || (call.predicts && call.predictions == 0)) return false;
     uses = call.predictions;
   }
   a.rows.predictions = (int)uses;
@@ -96,6 +97,7 @@ bool read(Step& s, const int64_t* words, double scale) {
   const int64_t* out = next_tensor();
   for (int64_t k = 0; k < uses; ++k) add_term(kWD + k, call.ring && k > 0 ? denoised : history + k * (2 + dims));
   if (guide) add_operand(s, a.guide, guide);
+  if (guide && call.cfg_pp) add_term(kWGuide, guide);
   if (noise) add_term(kWNoise, noise);
   if (denoised) add_operand(s, a.denoised, denoised);
   add_operand(s, a.out, out);
@@ -195,13 +197,13 @@ using CaptureInfo = int (*)(void* stream, int* status, uint64_t* id, void** grap
 constexpr int kProgrammaticStreamSerialization = 6;
 constexpr const char* kVectorTypes[] = {"float", "__nv_bfloat16", "__half"};
 constexpr const char* kSources[] = {"none", "portable", "torch"};
-constexpr int kElementKernels = 3 * kMaxTerms * 3 * 2, kPlanKernel = kElementKernels + 4;
+constexpr int kElementKernels = 3 * kMaxVectorTerms * 3 * 2, kPlanKernel = kElementKernels + 4;
 static_assert(kPlanKernel + 1 == ersde_kernels);
 
 int kernel_of(const StepLaunch& l) {
   if (!l.vectors) return kElementKernels + 2 * l.float64 + l.large;
   const int type = l.dtype == DType::float32 ? 0 : l.dtype == DType::bfloat16 ? 1 : 2;
-  return ((type * kMaxTerms + l.terms - 1) * 3 + (int)l.source) * 2 + l.predicts;
+  return ((type * kMaxVectorTerms + l.terms - 1) * 3 + (int)l.source) * 2 + l.predicts;
 }
 
 // As has_a_kernel_before of er_sde_launch.h.
@@ -249,6 +251,7 @@ int read(PlanArgs& a, const ersde_plan_call& call) {
   a.order = (int)call.order;
   a.orders = call.orders;
   a.strength = call.strength;
+  a.etas = call.etas;
   a.node_scale = call.node_scale;
   a.integration_points = (int)call.integration_points;
   a.s_noise = call.s_noise;
@@ -314,9 +317,9 @@ const char* ersde_kernel_name(int kernel) {
     std::snprintf(name, sizeof name, "ersde::step_elements<%s, %s>", which / 2 ? "double" : "float", which % 2 ? "uint64_t" : "uint32_t");
     return name;
   }
-  const int predicts = kernel % 2, source = kernel / 2 % 3, terms = kernel / 6 % kMaxTerms + 1;
-  const char* type = kVectorTypes[kernel / 6 / kMaxTerms];
-  if ((predicts && terms < 2) || (source != 0 && terms == kMaxTerms)) return "";
+  const int predicts = kernel % 2, source = kernel / 2 % 3, terms = kernel / 6 % kMaxVectorTerms + 1;
+  const char* type = kVectorTypes[kernel / 6 / kMaxVectorTerms];
+  if ((predicts && terms < 2) || (source != 0 && terms == kMaxVectorTerms)) return "";
   const char* flag = predicts ? "true" : "false";
   if (static_cast<Noise>(source) == Noise::torch) std::snprintf(name, sizeof name, "ersde::step_vectors_torch<%s, %d, %s>", type, terms, flag);
   else std::snprintf(name, sizeof name, "ersde::step_vectors<%s, %d, ersde::Noise::%s, %s>", type, terms, kSources[source], flag);

@@ -17,11 +17,15 @@
 extern "C" {
 #endif
 
+// The columns of a row, behind which come the weights of the predictions.
+enum ersde_column { ersde_counter, ersde_p_x, ersde_p_m, ersde_w_guide, ersde_w_noise, ersde_w_x, ersde_w_d };
+
 // Everything is a word; addresses too, and what is absent is 0. See Rows and Drawn in er_sde_step.h.
 struct ersde_call {
   int64_t dims;         // of x, below 12
   int64_t predictions;  // tensors of the history; with a ring 1
   int64_t guided, has_noise, predicts;  // whether there are a guide, a noise tensor and the prediction to be written
+  int64_t cfg_pp;       // whether the row may weigh the guide too
   int64_t alone;        // whether x is a term though its weight is 0: noise alone
   int64_t sharded;
   int64_t row;          // of the table, on the host; or 0, and where samples find theirs:
@@ -80,6 +84,7 @@ struct ersde_plan_call {
   const void *sigmas, *alphas;
   int64_t sigmas_dtype, alphas_dtype;
   const int32_t* orders;
+  const double* etas;
   const char *process, *scaler, *method;
   double strength, node_scale, s_noise, guidance;
   double *table, *schedule;

@@ -35,7 +35,8 @@ struct PlanArgs {
   int order;              // the largest
   const int32_t* orders;  // [num_steps], or nullptr where all are alike
   Scaler scaler;
-  double strength;  // the plan's eta times the scaler's own
+  double strength;     // the scaler's own times eta, where that is one number
+  const double* etas;  // [num_steps], or nullptr where it is
   Method method;
   double node_scale;
   int integration_points;  // 0: exact
@@ -115,10 +116,13 @@ ERSDE_PLAN_FN double full_growth(Scaler scaler, double l, double y) {
   return (double)NAN;
 }
 
-// The same at the plan's strength, where 0 is the ODE, of an infinite distance too.
-ERSDE_PLAN_FN double log_growth(const PlanArgs& a, double l, double y) {
-  return a.strength == 0 ? 0 : a.strength * full_growth(a.scaler, l, y);
-}
+// The scaler of a step at its strength, where 0 is the ODE, of an infinite distance too.
+struct Psi {
+  Scaler scaler;
+  double strength;
+  ERSDE_PLAN_FN double log_growth(double l, double y) const { return strength == 0 ? 0 : strength * full_growth(scaler, l, y); }
+};
+ERSDE_PLAN_FN Psi psi_of_step(const PlanArgs& a, int64_t i) { return {a.scaler, a.etas ? a.strength * a.etas[i] : a.strength}; }
 
 struct Choice {
   int order;
@@ -151,7 +155,8 @@ ERSDE_PLAN_FN void gauss_point(int i, double& x, double& w) {
 
 // The points of `integral from l_t to l_s of (1 - phi_t / phi(l)) f(l) dl`: f(l, weight) for those of this lane.
 template <typename Lanes, typename F>
-ERSDE_PLAN_FN void for_each_point(const PlanArgs& a, double l_s, double l_t, double node_scale, const Lanes& lanes, const F& f) {
+ERSDE_PLAN_FN void for_each_point(const PlanArgs& a, const Psi& psi, double l_s, double l_t, double node_scale,
+                                  const Lanes& lanes, const F& f) {
   if (a.integration_points) {
     // Existing samplers sum only the 1 / phi part, from the left; the rest two nodes integrate exactly for linear functions.
     const double h = (l_s - l_t) / a.integration_points;
@@ -161,7 +166,7 @@ ERSDE_PLAN_FN void for_each_point(const PlanArgs& a, double l_s, double l_t, dou
     }
     for (int k = lanes.index(); k < a.integration_points; k += lanes.count()) {
       const double l = l_t + h * k, y = log_ratio(l, l_t);
-      f(l, -h * exp(-(y + log_growth(a, l_t, y))));
+      f(l, -h * exp(-(y + psi.log_growth(l_t, y))));
     }
     return;
   }
@@ -173,16 +178,17 @@ ERSDE_PLAN_FN void for_each_point(const PlanArgs& a, double l_s, double l_t, dou
     double x, w;
     gauss_point(p % 16, x, w);
     const double y = width * (p / 16 + (1 + x) / 2), l = l_t * exp(y);
-    f(l, -expm1(-(y + log_growth(a, l_t, y))) * l * width / 2 * w);
+    f(l, -expm1(-(y + psi.log_growth(l_t, y))) * l * width / 2 * w);
   }
 }
 
 // The paper's rule, less the order-1 term, into d[0 ... n - 1].
 template <typename Lanes>
-ERSDE_PLAN_FN void taylor(const PlanArgs& a, const double* nodes, int n, double l_t, const Lanes& lanes, double* d) {
+ERSDE_PLAN_FN void taylor(const PlanArgs& a, const Psi& psi, const double* nodes, int n, double l_t, const Lanes& lanes,
+                          double* d) {
   const double l_s = nodes[0];
   double c_1 = 0, c_2 = 0;
-  for_each_point(a, l_s, l_t, a.node_scale, lanes, [&](double l, double w) {
+  for_each_point(a, psi, l_s, l_t, a.node_scale, lanes, [&](double l, double w) {
     c_1 -= w;
     c_2 -= w * (l - l_s);
   });
@@ -200,10 +206,10 @@ ERSDE_PLAN_FN void taylor(const PlanArgs& a, const double* nodes, int n, double 
 
 // Less the order-1 term: -integral of (1 - phi_t / phi) dL_j(u(l)) for every Lagrange basis polynomial L_j on the nodes.
 template <typename Lanes>
-ERSDE_PLAN_FN void newton(const PlanArgs& a, const double* nodes, int n, double l_t, double node_scale, const Lanes& lanes,
-                          double* d) {
+ERSDE_PLAN_FN void newton(const PlanArgs& a, const Psi& psi, const double* nodes, int n, double l_t, double node_scale,
+                          const Lanes& lanes, double* d) {
   for (int j = 0; j < n; ++j) d[j] = 0;
-  for_each_point(a, nodes[0], l_t, node_scale, lanes, [&](double l, double w) {
+  for_each_point(a, psi, nodes[0], l_t, node_scale, lanes, [&](double l, double w) {
     const double slope = 1 + l / node_scale;
     double from[kMaxPredictions];
     for (int k = 0; k < n; ++k) from[k] = u_difference(l, nodes[k], node_scale);
@@ -229,6 +235,8 @@ ERSDE_PLAN_FN void newton(const PlanArgs& a, const double* nodes, int n, double 
 template <typename Lanes>
 ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& lanes, double* row) {
   const Level s = level_of(a, i), t = level_of(a, i + 1);
+  const Psi psi = psi_of_step(a, i);
+  if (a.etas && !(a.etas[i] >= 0 && a.etas[i] < (double)INFINITY)) return false;
   double* w_d = row + kWD;
   if (repeats(a, s, t) || s.l == t.l) {
     row[kWX] = repeats(a, s, t) ? 1 : s.alpha > 0 ? t.alpha / s.alpha : t.sigma / s.sigma;
@@ -239,9 +247,9 @@ ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& la
     w_d[0] = t.alpha;
     return true;
   }
-  if (std::isinf(s.l) && a.scaler == Scaler::sde_4 && a.strength != 0) return false;
+  if (std::isinf(s.l) && psi.scaler == Scaler::sde_4 && psi.strength != 0) return false;
   const double distance = log_ratio(s.l, t.l);
-  double log_rho = -log_growth(a, t.l, distance);
+  double log_rho = -psi.log_growth(t.l, distance);
   if (!(log_rho <= 8 * kEps)) return false;
   if (log_rho >= -8 * kEps) log_rho = 0;
   row[kWX] = t.sigma / s.sigma * exp(log_rho);
@@ -265,8 +273,8 @@ ERSDE_PLAN_FN bool weights_of_step(const PlanArgs& a, int64_t i, const Lanes& la
   }
   if (n > 1) {
     switch (a.method) {
-      case Method::taylor: taylor(a, nodes, n, t.l, lanes, d); break;
-      case Method::newton: newton(a, nodes, n, t.l, choice.node_scale, lanes, d); break;
+      case Method::taylor: taylor(a, psi, nodes, n, t.l, lanes, d); break;
+      case Method::newton: newton(a, psi, nodes, n, t.l, choice.node_scale, lanes, d); break;
     }
     for (int j = 0; j < n; ++j) w_d[slots[j]] += t.alpha * d[j];
   }

@@ -444,7 +444,7 @@ bool launch_vectors(const StepLaunch& l, const Launch& on) {
     ERSDE_LAUNCH((step_vectors<T, K, Noise::none, Predicts>), grid, dim3(kThreads), on.stream, l.vector, on.early);
     return true;
   }
-  if constexpr (K < kMaxTerms) {  // of which one is the noise that is not drawn
+  if constexpr (K < kMaxVectorTerms) {  // of which one is the noise that is not drawn
     if (l.source == Noise::portable) {
       ERSDE_LAUNCH((step_vectors<T, K, Noise::portable, Predicts>), grid, dim3(kThreads), on.stream, l.vector, on.early);
     } else {
@@ -459,7 +459,7 @@ bool launch_vectors(const StepLaunch& l, const Launch& on) {
 bool launch_vectors(const StepLaunch& l, const Launch& on) {
   bool there = false;
   with_vector_type(l.dtype, [&](auto number) {
-    with_constant<1, kMaxTerms>(l.terms, [&](auto k) {
+    with_constant<1, kMaxVectorTerms>(l.terms, [&](auto k) {
       using T = decltype(number);
       constexpr int K = decltype(k)::value;
       if (!l.predicts) there = launch_vectors<T, K, false>(l, on);

@@ -7,13 +7,14 @@ namespace ersde {
 
 constexpr int kMaxDims = 12;  // x has fewer: portable noise may add an inner dimension of 1
 constexpr int kMaxPredictions = 5;
-constexpr int kMaxTerms = kMaxPredictions + 2;  // x, predictions, a noise tensor
+constexpr int kMaxTerms = kMaxPredictions + 3;  // x, predictions, a guide that CFG++ adds, a noise tensor
 
 // A row of a plan's table, as table.py has it: what every row holds, then w_d[0] ... w_d[order - 1].
 enum Column : int {
   kCounter,  // of the portable noise
   kPX,       // of x and of the model's output in the prediction
   kPM,
+  kWGuide,  // of the output without the condition, in the step by CFG++; else 0
   kWNoise,
   kWX,
   kWD,

@@ -3,28 +3,52 @@
 
 #include <atomic>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
+// What a loop writes it does not read again, though it may write where it has read: out may be an input.
+#ifdef __clang__
+#define ERSDE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ERSDE_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace ersde {
 
 namespace plain {
 #include "er_sde_step_cpu_loop.h"
 }
 
-// GCC vectorises the loops for a wider instruction set under its target pragma; other compilers and processors (64-bit Arm
-// has fma and vectors in its base set) take the plain loop. The same operations in the same order: the same bits.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define ERSDE_X86 1
+// On x86-64 the loops once more for each wider instruction set: the same operations in the same order, the same bits. Elsewhere
+// the plain loop is the best there is: 64-bit Arm has fma and vectors in its base set.
+#ifdef __x86_64__
+#ifdef __clang__  // features by name, as zig turns off by name what its base set lacks, and without the bound of v4 to 256 bits
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,lzcnt,movbe,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
+#endif
 namespace x86_64_v3 {
 #include "er_sde_step_cpu_loop.h"
 }
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,lzcnt,movbe,f16c,"                    \
+                                                   "avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), apply_to = function)
+#else
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#endif
 namespace x86_64_v4 {
 #include "er_sde_step_cpu_loop.h"
 }
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #endif
 
 namespace {
@@ -37,16 +61,31 @@ struct Kernels {
 };
 
 const Kernels kPlain{"plain", plain::step, plain::torch_noise, plain::box_muller_row};
-#ifdef ERSDE_X86
+#ifdef __x86_64__
 const Kernels kV3{"x86-64-v3", x86_64_v3::step, x86_64_v3::torch_noise, x86_64_v3::box_muller_row};
 const Kernels kV4{"x86-64-v4", x86_64_v4::step, x86_64_v4::torch_noise, x86_64_v4::box_muller_row};
 #endif
 
+#ifdef __x86_64__
+// The level of the x86-64 psABI: 1, 3 or 4. Not by __builtin_cpu_supports, which knows the levels in few compilers.
+int x86_64_level() {
+  unsigned a, b, c, d, ignored;
+  const auto has = [](unsigned bits, unsigned needed) { return (bits & needed) == needed; };
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !has(c, bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C | bit_MOVBE)) return 1;
+  unsigned saved;  // registers that the operating system keeps
+  __asm__("xgetbv" : "=a"(saved), "=d"(ignored) : "c"(0));
+  if (!has(saved, 0x06) || !__get_cpuid(0x80000001, &a, &b, &c, &d) || !has(c, 1u << 5 /* LZCNT */)) return 1;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, bit_AVX2 | bit_BMI | bit_BMI2)) return 1;
+  return has(saved, 0xE6) && has(b, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL) ? 4 : 3;
+}
+
+const int kLevel = x86_64_level();
+#endif
+
 // nullptr where this processor lacks the instruction set.
 const Kernels* find(InstructionSet set) {
-#ifdef ERSDE_X86
-  __builtin_cpu_init();
-  const bool v4 = __builtin_cpu_supports("x86-64-v4"), v3 = __builtin_cpu_supports("x86-64-v3");
+#ifdef __x86_64__
+  const bool v4 = kLevel >= 4, v3 = kLevel >= 3;
   switch (set) {
     case InstructionSet::best: return v4 ? &kV4 : v3 ? &kV3 : &kPlain;
     case InstructionSet::x86_64_v4: return v4 ? &kV4 : nullptr;

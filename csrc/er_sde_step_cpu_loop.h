@@ -95,7 +95,7 @@ void combine(S* out, const S* const* rows, const T* z, const T* weights, int n) 
   T w[K + 1];
   for (int k = 0; k < K; ++k) row[k] = rows[k];
   for (int k = 0; k < K + Draws; ++k) w[k] = weights[k];
-#pragma GCC ivdep
+  ERSDE_INDEPENDENT
   for (int i = 0; i < n; ++i) {
     T y = 0;
     if (K > 0) y = mul_(w[0], widen(row[0][i]));
@@ -111,7 +111,7 @@ void combine_any(S* out, const S* const* rows, int num_rows, const T* z, const T
 }
 
 inline void box_muller_row(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n) {
-#pragma GCC ivdep
+  ERSDE_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) box_muller(a[i], b[i], z0[i], z1[i]);
 }
 

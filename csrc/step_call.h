@@ -17,6 +17,7 @@ struct StepCall {
   py::handle draws = Py_False;                                     // whether any row adds noise
   py::handle predicts = Py_False;                                  // whether history[0] is a model's output
   py::handle unconditional = Py_None, scale = Py_None;             // scale: a number, or a float64 tensor [batch]
+  py::handle cfg_pp = Py_False;                                    // whether the row may weigh the unconditional output too
   py::handle out = Py_None, ring = Py_None;
   py::handle global_shape = Py_None, global_start = Py_None, torch_layout = Py_None;
   py::handle trusted = Py_False;  // whether the arguments have been checked, by a caller that is autograd's own where it matters
@@ -37,6 +38,7 @@ StepKeyword kStepKeywords[] = {
     {"predicts", &StepCall::predicts, nullptr},
     {"unconditional", &StepCall::unconditional, nullptr},
     {"scale", &StepCall::scale, nullptr},
+    {"cfg_pp", &StepCall::cfg_pp, nullptr},
     {"ring", &StepCall::ring, nullptr},
     {"global_shape", &StepCall::global_shape, nullptr},
     {"global_start", &StepCall::global_start, nullptr},

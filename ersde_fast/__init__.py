@@ -20,7 +20,7 @@ from .step import fast_step, reference_step
 
 def __getattr__(name: str):
     """The parts that are imported when they are first used."""
-    if name in ("distributed", "graph"):
+    if name in ("distributed", "graph", "rl"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, compiled
-from .noise import TORCH_PIECE, Seed, check_torch_layout, seed_table
+from .noise import TORCH_PIECE, Seed, check_torch_layout, float64_device, seed_table
 
 
 def portable_noise(
@@ -31,8 +31,8 @@ def portable_noise(
     shape, step = tuple(shape), step % 2**32
     seeds = seed_table(seed, shape[0] if shape else 1)
     device = torch.device(device)
-    drawn = (backend.noise(shape, seeds, step, device) for backend in BACKENDS)
-    return next(noise for noise in drawn if noise is not None).to(dtype)
+    drawn = (backend.noise(shape, seeds, step, float64_device(device)) for backend in BACKENDS)
+    return next(noise for noise in drawn if noise is not None).to(dtype).to(device)
 
 
 def torch_noise(

@@ -33,14 +33,18 @@ class _Captured:
         *,
         prediction_type: str = "sample",
         guidance_scale: float | None = None,
+        cfg_pp: bool = False,
     ):
+        if cfg_pp and guidance_scale is None:
+            raise ValueError("cfg_pp needs a guidance_scale")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
         if not shape:
             raise ValueError("shape must have a batch dimension, got ()")
-        self.model, self.prediction_type, self.guidance_scale, self.captured_for = model, prediction_type, guidance_scale, plan
+        self.model, self.prediction_type, self.captured_for = model, prediction_type, plan
+        self.guidance_scale, self.cfg_pp = guidance_scale, cfg_pp
         device = torch.empty(0, device=device).device
-        plan = plan.predicting(prediction_type).to(device)
+        plan = plan.predicting(prediction_type, cfg_pp).to(device)
         self.plan_in_memory = plan
         with torch.inference_mode(False):  # later calls write what is made here, under inference mode or not
             self.plan = replace(plan, table=plan.table.clone())
@@ -97,7 +101,7 @@ class _Captured:
             raise ValueError(f"plan must have {self.plan.num_steps} steps of order {self.plan.order}, as captured, got {what}")
         if plan.draws and not self.plan.draws:
             raise ValueError("plan must not add noise: the plan that was captured adds none")
-        predicting = plan.predicting(self.prediction_type)
+        predicting = plan.predicting(self.prediction_type, self.cfg_pp)
         if has_values(predicting.table) and not predicting.table[:, P_X].isfinite().all():
             raise ValueError(
                 f'plan must not start at alpha 0: prediction_type "{self.prediction_type}" says nothing of the clean sample there'
@@ -128,6 +132,7 @@ class SamplingGraph(_Captured):
         prediction_type: of the model's output, as in `fast_step`.
         guidance_scale: the model returns a pair (with the condition, without it), and classifier-free guidance of this scale is
             part of the step.
+        cfg_pp: the step by CFG++, as in `fast_step`.
     """
 
     def run(self) -> Tensor:
@@ -140,7 +145,14 @@ class SamplingGraph(_Captured):
                 x = fast_step(self.plan, i, x, history, seed=seeds)
             else:
                 x, history[0] = fast_step(
-                    self.plan, i, x, history, seed=seeds, prediction_type=self.prediction_type, guidance=guidance
+                    self.plan,
+                    i,
+                    x,
+                    history,
+                    seed=seeds,
+                    prediction_type=self.prediction_type,
+                    guidance=guidance,
+                    cfg_pp=self.cfg_pp,
                 )
         return x
 
@@ -176,7 +188,7 @@ class StepGraph(_Captured):
     def run(self) -> Tensor:
         output, guidance = self.output_of(self.x, self.levels.index_select(0, self.step.view(1))[0])
         noise = Portable(self.seeds) if self.plan.draws else TorchStream()
-        output_of = model_output(OutputArguments(self.prediction_type, guidance))
+        output_of = model_output(OutputArguments(self.prediction_type, guidance, self.cfg_pp))
         request = StepRequest(self.plan, self.step, self.x, [output], noise, self.plan.draws, output_of, ring=self.ring)
         step_in_ring(request, self.step)
         self.step.add_(1).clamp_(max=self.plan.num_steps)

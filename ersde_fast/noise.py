@@ -18,6 +18,7 @@ WORD = 0xFFFFFFFF
 MAX_POSITIONS = 2**42  # elements of a sample: 40 bits of the counter hold the group
 MAX_SAMPLE = 2**48
 TORCH_PIECE = 2**31  # bytes that torch.randn draws in one piece
+WITHOUT_FLOAT64 = ("mps",)  # types of devices, Apple's
 
 
 Seed = int | Sequence[int] | Sequence[tuple[int, int]] | Tensor
@@ -51,6 +52,11 @@ class TorchStream(NamedTuple):
     def draw(self, x: Tensor) -> Tensor:
         """The noise for x by torch.randn, for whoever does not draw it in a kernel."""
         return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=self.generator)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where the float64 of a step on a device is: there, or on the host where the device has none."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def check_torch_layout(torch_layout) -> None:
@@ -111,8 +117,11 @@ def specified_noise(
 ) -> Tensor:
     """The stream in plain PyTorch, float32 on the device of `seeds` [batch, 2]: the specification of every kernel's bits.
 
-    `step` is one number, or int64 [] or [batch] of them. With `global_shape` and `global_start`, [batch, *shape[1:]] is the part of each sample of that shape from that start.
+    Drawn on the host for a device without float64. `step` is one number, or int64 [] or [batch] of them. With `global_shape` and `global_start`, [batch, *shape[1:]] is the part of each sample of that shape from that start.
     """
+    if (host := float64_device(seeds.device)) != seeds.device:
+        step = step.to(host) if isinstance(step, Tensor) else step
+        return specified_noise(shape, seeds.to(host), step, global_shape, global_start).to(seeds.device)
     local = tuple(shape[1:])
     if not global_shape:
         groups = torch.arange(-(-math.prod(local) // 4), device=seeds.device)

@@ -33,16 +33,17 @@ class NoiseScaler:
     form: str | None = None
     strength: float = 1.0
 
-    def log_growth(self, l: Tensor, y: Tensor, eta: float) -> Tensor:
+    def log_growth(self, l: Tensor, y: Tensor, eta: Tensor) -> Tensor:
         """log(psi / l) at `l exp(y)` less its value at `l`, of this scaler at strength eta.
 
         Args:
-            l, y: er_lambdas and distances, float64 tensors that broadcast; `y >= 0`, and inf gives the limit.
+            l, y, eta: er_lambdas, distances and strengths, float64 tensors that broadcast; `y >= 0`, and inf gives the limit.
         """
-        strength = self.strength * eta
-        if strength == 0:  # of an infinite distance too
-            return torch.zeros_like(y).expand(torch.broadcast_shapes(l.shape, y.shape))
-        return strength * self.full_growth(l, y)
+        l, y, strength = torch.broadcast_tensors(l, y, self.strength * eta)
+        growth, stochastic = torch.zeros_like(y), strength != 0  # 0 is the ODE, of an infinite distance too
+        if stochastic.any():
+            growth[stochastic] = strength[stochastic] * self.full_growth(l[stochastic], y[stochastic])
+        return growth
 
 
 AnyNoiseScaler = str | NoiseScaler | Callable[[Tensor], Tensor]  # a name, a scaler, or phi itself

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import choose
-from .noise import Portable, TorchStream, seed_table
+from .noise import Portable, TorchStream, float64_device, seed_table
 from .reference import look_up, per_sample, table_for
 from .request import ModelOutput, StepRequest
 from .table import W_D, W_NOISE, Row, Table
@@ -29,7 +29,7 @@ SCHEMA = (
 )
 LIBRARY = torch.library.Library("ersde_fast", "DEF")
 LIBRARY.define("step" + SCHEMA.format("", "Tensor"))
-LIBRARY.define("step_from_output" + SCHEMA.format(", Tensor? unconditional, Tensor? scale", "(Tensor, Tensor)"))
+LIBRARY.define("step_from_output" + SCHEMA.format(", Tensor? unconditional, Tensor? scale, bool cfg_pp", "(Tensor, Tensor)"))
 STEP = torch.ops.ersde_fast.step.default
 STEP_FROM_OUTPUT = torch.ops.ersde_fast.step_from_output.default
 
@@ -73,10 +73,10 @@ def run(request: StepRequest):
     arguments = (table, plan_index, step_index, x, list(request.history), noise, seeds, *shard)
     if request.output is None:
         return STEP(*arguments)
-    unconditional, scale = request.output
+    unconditional, scale, cfg_pp = request.output
     if unconditional is not None and not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float64, device="cpu")
-    return STEP_FROM_OUTPUT(*arguments, unconditional, scale)
+    return STEP_FROM_OUTPUT(*arguments, unconditional, scale, cfg_pp)
 
 
 def _fake(fake_mode, tensor: Tensor | None) -> Tensor | None:
@@ -113,6 +113,7 @@ class Call(NamedTuple):
     global_start: Sequence[int]
     unconditional: Tensor | None
     scale: Tensor | None
+    cfg_pp: bool | None
     history: Sequence[Tensor]
 
     @classmethod
@@ -138,7 +139,7 @@ class Call(NamedTuple):
         return [self.x, *self.history, self.noise, self.unconditional]
 
 
-OF_OUTPUT = ("unconditional", "scale")
+OF_OUTPUT = ("unconditional", "scale", "cfg_pp")
 IN_ORDER = ("table", "plan_index", "step_index", "x", "history", "noise", "seeds", "global_shape", "global_start", *OF_OUTPUT)
 
 
@@ -160,7 +161,7 @@ def _kernel(operator, *arguments):
     output = None
     if operator is STEP_FROM_OUTPUT:
         one = call.scale is not None and call.scale.dim() == 0
-        output = ModelOutput(call.unconditional, call.scale.item() if one else call.scale)
+        output = ModelOutput(call.unconditional, call.scale.item() if one else call.scale, call.cfg_pp)
     request = StepRequest(plan, i, call.x, call.history, noise, draws, output)
     return choose(request).run(request)
 
@@ -183,6 +184,7 @@ class _Form(NamedTuple):
     history: int
     predicts: bool
     guided: bool
+    cfg_pp: bool
 
 
 def _coefficients(table, plan_index, step_index, scale, form: _Form) -> list[list]:
@@ -199,7 +201,7 @@ def _coefficients(table, plan_index, step_index, scale, form: _Form) -> list[lis
     scale = per_sample(scale, form.dim) if form.guided else 1.0
     predicted = [p_x, p_m * scale, *[None] * form.history, p_m * (1 - scale) if form.guided else None]
     chained = [None if p is None else row.w_d[0] * p for p in predicted]
-    own = [row.w_x, None, *plain[2:]]
+    own = [row.w_x, None, *plain[2:-1], row.w_guide if form.cfg_pp else None]
     return [[b if a is None else a if b is None else a + b for a, b in zip(own, chained, strict=True)], predicted]
 
 
@@ -209,7 +211,7 @@ def _weighted(terms, dtype: torch.dtype) -> Tensor | None:
     if not terms:
         return None
     exact = torch.float64 if torch.float64 in (dtype, *(t.dtype for _, t in terms)) else torch.float32
-    return sum(w.to(exact) * t.to(exact) for w, t in terms).to(dtype)
+    return sum(w.to(exact).to(t.device) * t.to(exact) for w, t in terms).to(dtype)
 
 
 class _Step(torch.autograd.function._SingleLevelFunction):
@@ -227,7 +229,9 @@ class _Step(torch.autograd.function._SingleLevelFunction):
         call = Call.of_flat(flat)
         ctx.save_for_backward(call.table, call.plan_index, call.step_index, call.scale)
         ctx.save_for_forward(call.table, call.plan_index, call.step_index, call.scale)
-        ctx.form = _Form(call.x.dim(), len(call.history), operator is STEP_FROM_OUTPUT, call.unconditional is not None)
+        ctx.form = _Form(
+            call.x.dim(), len(call.history), operator is STEP_FROM_OUTPUT, call.unconditional is not None, bool(call.cfg_pp)
+        )
         ctx.dtypes = [None if t is None else t.dtype for t in call.linear()]
         ctx.set_materialize_grads(False)
 
@@ -291,7 +295,7 @@ def _batched(operator, info, in_dims, *arguments):
     step_index = numbers(call.step_index, dims.step_index)
     if step_index.dim() == 1 and plan_index is None:
         step_index = step_index.to(call.x.device)
-        table, plan_index = table.to(call.x.device)[None], torch.zeros_like(step_index)
+        table, plan_index = table.to(float64_device(call.x.device))[None], torch.zeros_like(step_index)
     whole = call._replace(
         table=table,
         plan_index=plan_index,

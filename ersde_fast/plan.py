@@ -10,6 +10,7 @@ and no weight depends on data.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -23,15 +24,15 @@ from torch import Tensor
 from .backends import BACKENDS, Backend
 from .choice import NODE_SCALE, ORDER, UNTOLD
 from .noise_scaler import AnyNoiseScaler, NoiseScaler, get_noise_scaler, nonnegative
-from .table import COUNTER, P_M, W_D, W_NOISE, Row, Table
-from .weights import CPU, EPS, Levels, Method, PlanOptions, Process, fill_weights
+from .table import COUNTER, P_M, W_D, W_NOISE, W_X, Row, Table
+from .weights import CPU, EPS, Eta, Levels, Method, PlanOptions, Process, each_eta, fill_weights
 
 MAX_ORDER: dict[Method, int] = {"taylor": 3, "newton": 5}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan(Table, PlanOptions):
-    """What `er_sde_plan` returns. Immutable: any number of runs, threads and batches may share one.
+    """What `er_sde_plan`, `Plan.from_weights` and `Plan.load` return. Immutable: any number of runs, threads and batches may share one.
 
     Attributes:
         sigmas, alphas, er_lambdas: float64 tensors [num_steps + 1], on the CPU or where `sigmas` were.
@@ -55,6 +56,9 @@ class Plan(Table, PlanOptions):
     def levels(self) -> tuple[Tensor, Tensor]:
         return self.alphas[:-1], self.sigmas[:-1]
 
+    def data_std(self) -> Tensor | None:
+        return None if self.sigma_data is None else torch.full_like(self.alphas[:-1], self.sigma_data)
+
     @property
     def options(self) -> PlanOptions:
         return PlanOptions(**{f.name: getattr(self, f.name) for f in fields(PlanOptions)})
@@ -64,11 +68,27 @@ class Plan(Table, PlanOptions):
 
         Args:
             i: 0 to num_steps - 1; `first_step` grows by it, so the noise of a step stays its own.
+
+        Raises:
+            ValueError: for another i, and where weights that were given read a prediction from before step i.
         """
         if not 0 <= i < self.num_steps:
             raise ValueError(f"i must be 0 to {self.num_steps - 1} (the plan has {self.num_steps} steps), got {i}")
-        options = replace(self.options, orders=self.orders[i:], first_step=self.first_step + i)
+        if self.method is None:
+            return self._given_from(i)
+        eta = self.eta if isinstance(self.eta, float) else self.eta[i:]
+        options = replace(self.options, orders=self.orders[i:], eta=eta, first_step=self.first_step + i)
         return _build(self.sigmas[i:], None if self.process else self.alphas[i:], options)
+
+    def _given_from(self, i: int) -> "Plan":
+        """`starting_at` of a plan whose weights were given, which are not made anew."""
+        weights, sigmas, alphas = (values[i:].to(CPU) for values in (self.weights, self.sigmas, self.alphas))
+        schedules = sigmas, None if self.process else alphas, self.process
+        try:
+            rest = _of_weights(weights, *schedules, self.first_step + i, self.sigma_data)
+        except ValueError as error:
+            raise ValueError(f"i must be a step from which on no older prediction is read, got {i}: {error}") from None
+        return rest.to(self.table.device)
 
     def check(self) -> None:
         """Says what is wrong with a plan that was built on a device, where a step that cannot be is a row of NaN.
@@ -78,8 +98,61 @@ class Plan(Table, PlanOptions):
         Raises:
             ValueError: what `er_sde_plan` says of the same schedule on the host.
         """
+        if self.method is None:
+            return
         alphas = None if self.process else self.alphas.to(CPU)
-        _build_by_torch(self.sigmas.to(CPU, torch.float64), alphas, self.options)
+        options = replace(self.options, eta=strengths("eta", self.eta, self.num_steps, CPU))
+        _build_by_torch(self.sigmas.to(CPU, torch.float64), alphas, options)
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Tensor | np.ndarray | Sequence[Sequence[float]],
+        sigmas: Tensor | Sequence[float] | np.ndarray,
+        alphas: Tensor | Sequence[float] | np.ndarray | None = None,
+        process: Process = "ve",
+        sigma_data: float | None = None,
+    ) -> "Plan":
+        """The plan of weights of one's own: any linear multistep step runs on the fused kernels, with noise, graphs, batches and
+        log-densities. It lies on the CPU; `plan.to(device)` moves it.
+
+        Args:
+            weights: [num_steps, order + 2], columns w_x | w_d[0] ... w_d[order - 1] | w_noise, order 1 to 5; any device and real
+                dtype, taken as float64.
+            sigmas, alphas, process: the levels, as in `er_sde_plan`: what a model is asked at, and its output is read by.
+            sigma_data: see there.
+
+        Raises:
+            ValueError, TypeError: naming the argument, its value and the remedy; for a step that reads predictions from before the
+                run, too.
+        """
+        weights, _ = _real("weights", weights, CPU)
+        schedules = _schedules(on_host(sigmas), on_host(alphas), process, CPU)
+        return _of_weights(weights, *schedules, sigma_data=_checked_sigma_data(sigma_data))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the plan into a safetensors file, whole or not at all: its weights to the bit, its levels, and what it was made with.
+
+        Raises:
+            ValueError: its noise_scaler is a function, which no file can hold; or it was built on a device, and a step is NaN.
+            ImportError: safetensors is not installed.
+            OSError: naming the file that could not be written.
+        """
+        from .plan_file import save  # which builds plans
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """The plan of a file that `save` wrote, on the CPU: the same weights on every machine. The file is data, and runs nothing.
+
+        Raises:
+            ValueError: naming the file, and what is wrong with it.
+            ImportError: safetensors is not installed.
+        """
+        from .plan_file import load
+
+        return load(path)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,10 +163,12 @@ class PlanStack(Table):
         weights: float64 tensor [num_plans, num_steps, order + 2]; a row behind a shorter plan's last is NaN.
         draws: whether any step of any plan adds noise.
         alphas, sigmas: float64 [num_plans, num_steps], where each step starts.
+        sigma_data: of each plan.
     """
 
     alphas: Tensor
     sigmas: Tensor
+    sigma_data: tuple[float | None, ...]
 
     @property
     def num_plans(self) -> int:
@@ -106,6 +181,11 @@ class PlanStack(Table):
 
     def levels(self) -> tuple[Tensor, Tensor]:
         return self.alphas, self.sigmas
+
+    def data_std(self) -> Tensor | None:
+        if None in self.sigma_data:
+            return None
+        return torch.tensor(self.sigma_data, dtype=torch.float64, device=self.table.device)[:, None]
 
 
 @torch.inference_mode(False)  # or what is made under inference mode cannot be trained with
@@ -129,7 +209,8 @@ def stack_plans(plans: Sequence[Plan]) -> PlanStack:
         n, columns = plan.table.shape
         table[k, :n, :columns], table[k, :n, columns:] = plan.table, 0
         alphas[k, :n], sigmas[k, :n] = plan.levels()
-    return PlanStack(table=table, draws=any(plan.draws for plan in plans), alphas=alphas, sigmas=sigmas)
+    sigma_data = tuple(plan.sigma_data for plan in plans)
+    return PlanStack(table=table, draws=any(plan.draws for plan in plans), alphas=alphas, sigmas=sigmas, sigma_data=sigma_data)
 
 
 def er_sde_plan(
@@ -142,8 +223,9 @@ def er_sde_plan(
     node_scale: float | None = None,
     integration_points: int | None = None,
     s_noise: float = 1.0,
-    eta: float = 1.0,
+    eta: float | Sequence[float] | np.ndarray | Tensor = 1.0,
     guidance: float | None = None,
+    sigma_data: float | None = None,
 ) -> Plan:
     """Builds the weights of an ER-SDE sampling run.
 
@@ -176,16 +258,18 @@ def er_sde_plan(
         s_noise: multiplies the noise.
         eta: the strength of the noise scaler, at least 0: log(phi(l) / l) grows by eta times as much. 0 is the ODE, whatever
             the scaler; "sde" at eta is "reverse_time_sde(eta)". The marginals stay those of the process, unlike with s_noise.
+            Or one number for each step, [num_steps]: with 0 outside a window only the steps in it add noise. A tensor on the
+            device of sigmas is read there, and what is wrong with it is NaN in the rows concerned.
         guidance: the scale of the model's classifier-free guidance, 1 for none, for which order and node_scale are chosen. Above
             er_lambda 1 guidance multiplies what extrapolation amplifies, so from guidance 2 on steps there have order 2, and a
             node_scale that grows with guidance and with the step, 4 guidance er_lambda_s / er_lambda_t; all others have order 3
             and node_scale 10. None is 2.5, which no guidance turns to garbage; who knows better gains by saying so.
+        sigma_data: of a network inside EDM's preconditioning, the standard deviation of its data: steps from its raw output
+            (prediction_type "edm") need it. It changes no weight.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.
     """
-    if not isinstance(process, str) or process not in PROCESSES:
-        raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}')
     named = {"order": order, "method": method, "node_scale": node_scale, "integration_points": integration_points}
     named = {name: value for name, value in named.items() if value is not None}
     if guidance is not None:
@@ -215,16 +299,14 @@ def er_sde_plan(
             raise ValueError(f'integration_points needs method="taylor", got {integration_points!r} with method="{method}"')
         if not _is_int(integration_points) or not 1 <= integration_points <= 10**6:
             raise ValueError(f"integration_points must be None or a whole number from 1 to 10^6, got {integration_points!r}")
-    s_noise, eta = nonnegative("s_noise", s_noise), nonnegative("eta", eta)
+    s_noise = nonnegative("s_noise", s_noise)
     noise_scaler = get_noise_scaler(noise_scaler)
-    device = CPU
+    device, given_on = CPU, sigmas.device if isinstance(sigmas, Tensor) else CPU
+    if isinstance(eta, Tensor) and eta.device not in (CPU, given_on):
+        raise ValueError(f"eta must be on the CPU or where sigmas are, {given_on}, got {eta.device}: use eta.to(sigmas.device)")
     if isinstance(sigmas, Tensor) and _builder(sigmas.device, noise_scaler) is not None:
         device = sigmas.device
-    sigmas = _schedule("sigmas", sigmas, device, MAX_SIGMA.get(process if alphas is None else None, math.inf))
-    if alphas is not None:
-        process, alphas = None, _schedule("alphas", alphas, device, math.inf)
-        if len(alphas) != len(sigmas):
-            raise ValueError(f"alphas must have the length of sigmas, {len(sigmas)}, got {len(alphas)}")
+    sigmas, alphas, process = _schedules(sigmas, alphas, process, device)
     options = PlanOptions(
         process=process,
         orders=_orders(order, len(sigmas) - 1, method),
@@ -233,8 +315,9 @@ def er_sde_plan(
         node_scale=float(node_scale) if named else None,
         integration_points=integration_points,
         s_noise=s_noise,
-        eta=eta,
+        eta=strengths("eta", eta, len(sigmas) - 1, device),
         guidance=guidance,
+        sigma_data=_checked_sigma_data(sigma_data),
     )
     return _build(sigmas, alphas, options)
 
@@ -252,7 +335,7 @@ MAX_SIGMA: dict[Process, float] = {"vp": 1.0, "flow": 1.0}
 
 
 def on_host(values: Any) -> Any:
-    """A schedule on the CPU; what is none stays as it is, for er_sde_plan to refuse."""
+    """An argument of er_sde_plan on the CPU; what is no tensor stays as it is."""
     return values.cpu() if isinstance(values, Tensor) and not values.is_meta else values
 
 
@@ -260,9 +343,20 @@ def _is_int(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _schedule(name: str, values, device: torch.device, largest: float) -> Tensor:
-    """A schedule argument as a tensor of its own on the device, float64 (there also float32). Half precision is bounded here:
-    its rounding does not show afterwards."""
+def _schedules(sigmas, alphas, process, device: torch.device) -> tuple[Tensor, Tensor | None, Process | None]:
+    """The arguments that say the levels: sigmas on the device, and alphas there or the process."""
+    if not isinstance(process, str) or process not in PROCESSES:
+        raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}')
+    if alphas is None:
+        return _schedule("sigmas", sigmas, device, MAX_SIGMA.get(process, math.inf)), None, process
+    sigmas, alphas = _schedule("sigmas", sigmas, device, math.inf), _schedule("alphas", alphas, device, math.inf)
+    if len(alphas) != len(sigmas):
+        raise ValueError(f"alphas must have the length of sigmas, {len(sigmas)}, got {len(alphas)}")
+    return sigmas, alphas, None
+
+
+def _real(name: str, values, device: torch.device) -> tuple[Tensor, torch.dtype]:
+    """An argument as a tensor of its own on the device, float64 (there also float32), and the dtype that it had."""
     try:
         if isinstance(values, np.ndarray):
             if np.iscomplexobj(values):
@@ -272,15 +366,21 @@ def _schedule(name: str, values, device: torch.device, largest: float) -> Tensor
         if values.is_complex() or values.layout != torch.strided:
             raise TypeError(f"they are {values.dtype}, {values.layout}")
         as_it_is = device != CPU and values.dtype in (torch.float32, torch.float64)
-        schedule = values.detach().to(device, values.dtype if as_it_is else torch.float64, copy=device == CPU)
+        schedule = values.detach().to(device)
+        return schedule.to(values.dtype if as_it_is else torch.float64, copy=device == CPU), values.dtype
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a list, array or tensor of real numbers, got {type(values).__name__}: {error}"
         ) from None
+
+
+def _schedule(name: str, values, device: torch.device, largest: float) -> Tensor:
+    """A schedule argument on the device. Half precision is bounded here: its rounding does not show afterwards."""
+    schedule, dtype = _real(name, values, device)
     if schedule.dim() != 1 or len(schedule) < 2:
         raise ValueError(f"{name} must be one-dimensional with at least 2 values, got shape {tuple(schedule.shape)}")
-    if values.dtype in (torch.bfloat16, torch.float16):
-        schedule = _bounded(schedule, largest, 4 * torch.finfo(values.dtype).eps)
+    if dtype in (torch.bfloat16, torch.float16):
+        schedule = _bounded(schedule, largest, 4 * torch.finfo(dtype).eps)
     return schedule
 
 
@@ -314,6 +414,33 @@ def _orders(order, num_steps: int, method: Method) -> tuple[int, ...]:
     return tuple(int(o) for o in orders)
 
 
+def _checked_sigma_data(sigma_data) -> float | None:
+    if sigma_data is not None and nonnegative("sigma_data", sigma_data) == 0:
+        raise ValueError(f"sigma_data must be above 0, got {sigma_data!r}")
+    return None if sigma_data is None else float(sigma_data)
+
+
+def strengths(name: str, value: Any, num_steps: int, device: torch.device) -> Eta:
+    """The argument of that name for a plan on a device: a number, one for each step, or a tensor where only the device knows them."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.shape != (num_steps,):
+            raise ValueError(
+                f"{name} must be a number or have shape ({num_steps},), one for each step, got {tuple(value.shape)}"
+            )
+        if isinstance(value, Tensor) and value.device == device != CPU:
+            if value.is_complex():
+                raise TypeError(f"{name} must be real, got {value.dtype}")
+            return value.detach().to(torch.float64, copy=True)
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(f"{name} must hold numbers, got a tensor on meta")
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return nonnegative(name, value)
+    if len(value) != num_steps:
+        raise ValueError(f"{name} must be one number or {num_steps}, one for each step, got {len(value)}")
+    return tuple(nonnegative(f"{name}[{step}]", strength) for step, strength in enumerate(value))
+
+
 @torch.inference_mode(False)
 def _build(sigmas: Tensor, alphas: Tensor | None, options: PlanOptions) -> Plan:
     """The plan of a schedule, `alphas` or `process` given: by a kernel where one can, else, and to say what is wrong, here."""
@@ -331,9 +458,8 @@ def _builder(device: torch.device, noise_scaler: NoiseScaler) -> Backend | None:
     return next((backend for backend in BACKENDS if backend.builds_plans(device)), None)
 
 
-def _build_by_torch(sigmas: Tensor, alphas: Tensor | None, options: PlanOptions) -> Plan:
-    """The plan of any noise scaler, on the host, every step of it checked."""
-    process, noise_scaler = options.process, options.noise_scaler
+def _checked_levels(sigmas: Tensor, alphas: Tensor | None, process: Process | None) -> Levels:
+    """The levels on the host, every one of them checked."""
     sigmas = _bounded(sigmas, MAX_SIGMA.get(process, math.inf), _rounding(sigmas))
     _check_levels("sigmas", sigmas)
     if process is None:
@@ -355,17 +481,89 @@ def _build_by_torch(sigmas: Tensor, alphas: Tensor | None, options: PlanOptions)
             f"sigmas must not rise: er_lambda = sigma / alpha goes from {er_lambdas[at - 1].item()} at index {at - 1} "
             f"to {er_lambdas[at].item()} at index {at}; sort the schedule from noise to data"
         )
-    if math.isinf(er_lambdas[0]) and not math.isinf(er_lambdas[-1]) and not noise_scaler.at_infinity and options.eta:
+    return Levels(sigmas, alphas, er_lambdas, repeated)
+
+
+def _build_by_torch(sigmas: Tensor, alphas: Tensor | None, options: PlanOptions) -> Plan:
+    """The plan of any noise scaler, on the host, every step of it checked."""
+    levels, noise_scaler = _checked_levels(sigmas, alphas, options.process), options.noise_scaler
+    er_lambdas, num_steps = levels.er_lambdas, len(levels.repeated)
+    leaves_infinity = er_lambdas[:-1].isinf() & ~er_lambdas[1:].isinf()
+    if not noise_scaler.at_infinity and (leaves_infinity & (each_eta(options.eta, num_steps, CPU) != 0)).any():
         raise ValueError(
             f"noise_scaler {noise_scaler.name} has no limit at er_lambda = inf, where the schedule starts (alpha = 0): "
             f"start it below, with sigmas[0] < 1, or use another noise_scaler"
         )
-    table = torch.zeros(len(sigmas) - 1, W_D + max(options.orders), dtype=torch.float64, device=CPU)
-    table[:, COUNTER] = (options.first_step + torch.arange(len(table), device=CPU)) % 2**32
+    table = _table_of_zeros(num_steps, max(options.orders), options.first_step)
+    fill_weights(table, levels, options)
+    return _plan_of(table, levels, options)
+
+
+def _table_of_zeros(num_steps: int, order: int, first_step: int) -> Tensor:
+    table = torch.zeros(num_steps, W_D + order, dtype=torch.float64, device=CPU)
+    table[:, COUNTER] = (first_step + torch.arange(num_steps, device=CPU)) % 2**32
     table[:, P_M] = 1
-    fill_weights(table, Levels(sigmas, alphas, er_lambdas, repeated), options)
+    return table
+
+
+def _plan_of(table: Tensor, levels: Levels, options: PlanOptions) -> Plan:
+    """The plan of a table on the host."""
     draws = bool((table[:, W_NOISE] != 0).any())
+    sigmas, alphas, er_lambdas, _ = levels
     return Plan(sigmas=sigmas, alphas=alphas, er_lambdas=er_lambdas, table=table, draws=draws, **vars(options))
+
+
+@torch.inference_mode(False)
+def _of_weights(
+    weights: Tensor,
+    sigmas: Tensor,
+    alphas: Tensor | None,
+    process: Process | None,
+    first_step: int = 0,
+    sigma_data: float | None = None,
+) -> Plan:
+    """The plan of weights that were given, float64 on the host."""
+    levels = _checked_levels(sigmas, alphas, process)
+    table = table_of_weights(weights, len(levels.repeated), first_step)
+    reads = (table[:, W_D:] != 0) * torch.arange(1, table.shape[1] - W_D + 1, device=CPU)
+    options = PlanOptions(
+        process=process,
+        orders=tuple(reads.amax(1).clamp(min=1).tolist()),
+        noise_scaler=None,
+        method=None,
+        node_scale=None,
+        integration_points=None,
+        s_noise=None,
+        eta=None,
+        guidance=None,
+        first_step=first_step,
+        sigma_data=sigma_data,
+    )
+    return _plan_of(table, levels, options)
+
+
+def table_of_weights(weights: Tensor, num_steps: int, first_step: int) -> Tensor:
+    """The table of weights [num_steps, order + 2], float64 on the host, every one of them checked."""
+    largest = max(MAX_ORDER.values())
+    if weights.dim() != 2 or not 3 <= weights.shape[1] <= largest + 2:
+        raise ValueError(
+            f"weights must have shape [num_steps, order + 2], order 1 to {largest}: w_x, w_d[0] ... and w_noise of each step; "
+            f"got {tuple(weights.shape)}"
+        )
+    if len(weights) != num_steps:
+        raise ValueError(f"weights must have a row for each of the {num_steps} steps between sigmas, got {len(weights)}")
+    if (bad := ~weights.isfinite().all(1)).any():
+        raise ValueError(f"weights must be finite, got {weights[bad][0].tolist()} at step {int(bad.nonzero()[0])}")
+    if (bad := weights[:, -1] < 0).any():
+        raise ValueError(f"w_noise must be at least 0, got {weights[bad][0, -1].item()} at step {int(bad.nonzero()[0])}")
+    if len(early := torch.triu(weights[:, 1:-1], 1).nonzero()):
+        i, j = early[0].tolist()
+        raise ValueError(
+            f"weights must not read predictions from before the first step, got w_d[{j}] = {weights[i, 1 + j].item()} at step {i}"
+        )
+    table = _table_of_zeros(num_steps, weights.shape[1] - 2, first_step)
+    table[:, W_X:], table[:, W_NOISE] = weights[:, :-1], weights[:, -1]
+    return table
 
 
 def _check_levels(name: str, levels: Tensor) -> None:
@@ -378,10 +576,13 @@ def _check_levels(name: str, levels: Tensor) -> None:
 def _build_by_kernel(sigmas: Tensor, alphas: Tensor | None, options: PlanOptions) -> Plan:
     """The plan of a named scaler, where sigmas lie, by csrc/er_sde_plan.h: nothing waits for a device, and a step that cannot be
     is a row of NaN."""
-    table, schedule = _builder(sigmas.device, options.noise_scaler).plan(sigmas, alphas, options)
+    eta = options.eta
+    there = options if isinstance(eta, float) else replace(options, eta=each_eta(eta, len(sigmas) - 1, sigmas.device))
+    table, schedule = _builder(sigmas.device, options.noise_scaler).plan(sigmas, alphas, there)
     if sigmas.device == CPU:
         draws = bool((table[:, W_NOISE] != 0).any())
     else:
-        draws = options.s_noise != 0 and options.noise_scaler.strength * options.eta != 0
+        draws = options.s_noise != 0 and options.noise_scaler.strength != 0
+        draws = draws and (isinstance(eta, Tensor) or (any(eta) if isinstance(eta, tuple) else eta != 0))
     sigmas, alphas, er_lambdas = schedule
     return Plan(sigmas=sigmas, alphas=alphas, er_lambdas=er_lambdas, table=table, draws=draws, **vars(options))

@@ -1,12 +1,12 @@
 """The specification: the step and its noise in plain PyTorch, for any device and dtype, differentiable."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .noise import Portable, has_values, seeds_of, specified_noise
+from .noise import Portable, float64_device, has_values, seeds_of, specified_noise
 from .table import Row
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def step_of(request: "StepRequest", noise: Tensor | None):
     if request.output is None:
         return next_sample(row, x, history, noise)
     denoised = prediction(row.prediction, x, history[0], request.output)
-    return next_sample(row, x, [denoised, *history[1:]], noise), denoised
+    return next_sample(row, x, [denoised, *history[1:]], noise, request.output), denoised
 
 
 def prediction(factors, x: Tensor, output: Tensor, of: "ModelOutput", dtype: torch.dtype | None = None) -> Tensor:
@@ -33,10 +33,18 @@ def prediction(factors, x: Tensor, output: Tensor, of: "ModelOutput", dtype: tor
     return linear_combination([(p_x, x), (p_m * scale, output), (p_m * (1 - scale), of.unconditional)], x, dtype)
 
 
-def next_sample(row: Row, x: Tensor, history: Sequence[Tensor], noise: Tensor | None) -> Tensor:
-    """x_next = w_x x + sum_j w_d[j] denoised_j + w_noise noise, in the dtype of x."""
+def next_sample(
+    row: Row, x: Tensor, history: Sequence[Tensor], noise: Tensor | None, of: "ModelOutput | None" = None
+) -> Tensor:
+    """x_next = w_x x + sum_j w_d[j] denoised_j + w_guide unconditional + w_noise noise, in the dtype of x."""
     drawn = [] if noise is None else [(row.w_noise, noise)]
-    return linear_combination([(row.w_x, x), *zip(row.w_d, history, strict=False), *drawn], x)
+    return linear_combination([*mean_terms(row, x, history, of), *drawn], x)
+
+
+def mean_terms(row: Row, x: Tensor, history: Sequence[Tensor], of: "ModelOutput | None") -> list:
+    """Weights and tensors of the next sample less its noise."""
+    guide = [] if of is None or not of.cfg_pp else [(row.w_guide, of.unconditional)]
+    return [(row.w_x, x), *zip(row.w_d, history, strict=False), *guide]
 
 
 def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -50,7 +58,7 @@ def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Te
     total = torch.zeros_like(x, dtype=exact)
     for w, term in terms:
         if isinstance(w, Tensor):
-            w = w.to(exact)
+            w = w.to(exact).to(x.device)
             total = total + torch.where(w != 0, w * term.to(exact), 0)
         elif exact == torch.float64 or not abs(w) <= UNDERFLOW:
             total = total + w * term.to(exact)
@@ -58,10 +66,12 @@ def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Te
 
 
 def table_for(plan, i, x: Tensor) -> Tensor:
-    """The plan's table where the index of the step is looked up in it: on the device of x, unless the host knows it."""
+    """The plan's table where the index of the step is looked up in it: on the device of x, unless the host knows it or the device
+    has no float64."""
     if isinstance(i, int) or (isinstance(i, Tensor) and i.is_cpu):
         return plan.table
-    return plan.table.to(x.device) if torch.compiler.is_dynamo_compiling() else plan.to(x.device).table
+    device = float64_device(x.device)
+    return plan.table.to(device) if torch.compiler.is_dynamo_compiling() else plan.to(device).table
 
 
 def row_of(table: Tensor, i, x: Tensor) -> Row:
@@ -81,7 +91,9 @@ def row_of(table: Tensor, i, x: Tensor) -> Row:
 
 def look_up(table: Tensor, i: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Rows of the table by tensors, [columns] or [batch, columns]; table[i] would ask for the number of a tensor []."""
-    return table[i] if isinstance(i, tuple) else table.index_select(0, i.to(table.device).reshape(1))[0]
+    if isinstance(i, tuple):
+        return table[tuple(index.to(table.device) for index in i)]
+    return table.index_select(0, i.to(table.device).reshape(1))[0]
 
 
 def per_sample(values: Tensor, dim: int) -> Tensor:
@@ -93,13 +105,13 @@ def row_of_request(request: "StepRequest") -> Row:
     return row_of(table_for(request.plan, request.i, request.x), request.i, request.x)
 
 
-def portable_noise_of(request: "StepRequest") -> Tensor | None:
+def portable_noise_of(request: "StepRequest", draw: Callable[..., Tensor] = specified_noise) -> Tensor | None:
     """The portable noise of a step as a float32 tensor, or None where the step draws none."""
     row, x, stream = row_of_request(request), request.x, request.noise
     if not isinstance(stream, Portable) or (isinstance(row.w_noise, float) and row.w_noise == 0):
         return None
     seeds = stream.seeds if isinstance(stream.seeds, Tensor) else seeds_of(stream.seeds, x)
-    return specified_noise(x.shape, seeds.to(x.device), row.counter, stream.global_shape, stream.global_start)
+    return draw(x.shape, seeds.to(x.device), row.counter, stream.global_shape, stream.global_start)
 
 
 def written_to(out: Tensor | None, result):

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from .backends.base import FLOATS
-from .noise import MAX_POSITIONS, TORCH_PIECE, Portable, Seed, TorchStream, check_torch_layout, has_values, seeds_of
+from .noise import (
+    MAX_POSITIONS,
+    TORCH_PIECE,
+    Portable,
+    Seed,
+    TorchStream,
+    check_torch_layout,
+    float64_device,
+    has_values,
+    seeds_of,
+)
 from .plan import Plan, PlanStack
 from .predictions import PREDICTION_TYPES
 from .table import W_D, W_X, Row, Table
@@ -23,10 +33,12 @@ class ModelOutput(NamedTuple):
     Attributes:
         unconditional: the output that guides it, of the shape of x, or None.
         scale: of the guidance, a number or float64 [batch].
+        cfg_pp: whether the step is that by CFG++, for which the plan holds the weights.
     """
 
     unconditional: Tensor | None = None
     scale: float | Tensor | None = None
+    cfg_pp: bool = False
 
 
 class StepRequest(NamedTuple):
@@ -82,6 +94,7 @@ class OutputArguments(NamedTuple):
 
     prediction_type: str | None = None
     guidance: Guidance | None = None
+    cfg_pp: bool = False
 
 
 NO_SOURCE, PREDICTIONS = NoiseArguments(), OutputArguments()
@@ -109,7 +122,11 @@ def checked(
         raise ValueError(f"history must hold the {uses} newest predictions{at}, got {len(history)}")
     for j, denoised in enumerate(history[:uses]):
         check_like(f"history[{j}]", denoised, x)
-    plan = plan.predicting(output.prediction_type)
+    if not isinstance(output.cfg_pp, bool):
+        raise TypeError(f"cfg_pp must be True or False, got {output.cfg_pp!r}")
+    if output.cfg_pp and output.guidance is None:
+        raise ValueError("cfg_pp needs guidance=(unconditional output, scale)")
+    plan = plan.predicting(output.prediction_type, output.cfg_pp)
     row = known_row(plan, i)
     _check_output(row, i, x, output)
     draws = plan.draws if row is None else row.w_noise != 0
@@ -205,7 +222,7 @@ def model_output(given: OutputArguments) -> ModelOutput | None:
     if given.prediction_type is None:
         return None
     unconditional, scale = (None, None) if given.guidance is None else pair_of(given.guidance)
-    return ModelOutput(unconditional, scale)
+    return ModelOutput(unconditional, scale, given.cfg_pp)
 
 
 def _is_type(prediction_type) -> bool:
@@ -221,7 +238,7 @@ def pair_of(guidance):
 
 def _check_output(row: Row | None, i, x: Tensor, output: OutputArguments) -> None:
     """Checks what turns a model's output into a prediction."""
-    prediction_type, guidance = output
+    prediction_type, guidance, _ = output
     if prediction_type is not None and row and not math.isfinite(row.prediction[0]):
         raise ValueError(
             f'prediction_type "{prediction_type}" says nothing of the clean sample where alpha is 0, as at step {int(i)}'
@@ -238,7 +255,7 @@ def _check_output(row: Row | None, i, x: Tensor, output: OutputArguments) -> Non
             raise ValueError(
                 f"guidance[1] must be a number or float64 [{batch}], one for each sample, got {scale.dtype} {tuple(scale.shape)}"
             )
-        _check_device("guidance[1]", scale, x.device)
+        _check_device("guidance[1]", scale, float64_device(x.device))
     elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
         raise TypeError(f"guidance[1] must be a finite number or float64 [batch], got {scale!r}")
 

@@ -1,6 +1,6 @@
 """`sample_er_sde`: the sampling loop, with the arguments and conventions of k-diffusion's and ComfyUI's samplers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,8 +32,10 @@ def sample_er_sde(
     method: Method | None = None,
     node_scale: float | None = None,
     integration_points: int | None = None,
-    eta: float = 1.0,
+    eta: float | Sequence[float] | Tensor = 1.0,
     guidance: float | None = None,
+    sigma_data: float | None = None,
+    prediction_type: str | None = None,
     generator: torch.Generator | None = None,
     seed: Seed | None = None,
 ) -> Tensor:
@@ -54,6 +56,8 @@ def sample_er_sde(
         process, method, node_scale, integration_points, eta: see `er_sde_plan`.
         guidance: the scale at which the model guides itself, 1 for none: order and node_scale are chosen for it, where neither
             they nor a method are named; see `er_sde_plan`.
+        prediction_type, sigma_data: what the model returns in the place of the denoised sample, see `fast_step`; the callback is then
+            called after the step.
         generator, seed: torch's stream or the portable stream for the noise; see `fast_step`.
 
     Returns:
@@ -73,10 +77,11 @@ def sample_er_sde(
         node_scale=node_scale,
         integration_points=integration_points,
         s_noise=s_noise,
-        eta=eta,
+        eta=on_host(eta),
         guidance=guidance,
+        sigma_data=sigma_data,
     )
-    return sample_plan(plan, model, x, extra_args, callback, disable, Source(noise_sampler, generator, seed))
+    return sample_plan(plan, model, x, extra_args, callback, disable, Source(noise_sampler, generator, seed), prediction_type)
 
 
 class Source(NamedTuple):
@@ -108,7 +113,7 @@ def with_newest(denoised: Tensor, history: list[Tensor], plan: Plan) -> list[Ten
 
 def levels_of(plan: Plan, x: Tensor) -> Tensor:
     """The sigmas that a model of x sees, [num_steps + 1]: at least float32, since a half-precision sigma would be another time."""
-    return plan.sigmas.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    return plan.sigmas.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
 
 
 @torch.no_grad()
@@ -120,16 +125,24 @@ def sample_plan(
     callback: Callable[[dict], None] | None = None,
     disable: bool | None = None,
     source: Source = DEFAULT,
+    prediction_type: str | None = None,
 ) -> Tensor:
-    """The loop of `sample_er_sde` over a plan on the host."""
+    """The loop of `sample_er_sde` over a plan on the host. With a prediction_type that is what the model returns; the callback is
+    then called after the step, which makes the prediction."""
     extra_args = {} if extra_args is None else extra_args
     levels = levels_of(plan, x)
     batches, sigmas = (levels[:, None] * levels.new_ones(x.shape[:1])).unbind(), levels.unbind()
     history: list[Tensor] = []
     for i in trange(plan.num_steps, disable=disable):
-        denoised = model(x, batches[i], **extra_args)
-        if callback is not None:
-            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        history = with_newest(denoised, history, plan)
-        x = fast_step(plan, i, x, history, **source.of_step(plan, i, sigmas[i], sigmas[i + 1]))
+        seen = {"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i]}
+        history = with_newest(model(x, batches[i], **extra_args), history, plan)
+        if callback is not None and prediction_type is None:
+            callback({**seen, "denoised": history[0]})
+        noise = source.of_step(plan, i, sigmas[i], sigmas[i + 1])
+        if prediction_type is None:
+            x = fast_step(plan, i, x, history, **noise)
+        else:
+            x, history[0] = fast_step(plan, i, x, history, prediction_type=prediction_type, **noise)
+        if callback is not None and prediction_type is not None:
+            callback({**seen, "denoised": history[0]})
     return x

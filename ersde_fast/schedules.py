@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .noise import float64_device
 from .plan import er_sde_plan, on_host
 from .sample import sample_plan
 from .weights import Process
@@ -162,7 +163,10 @@ def place_sigmas(
 
     def measure(said: dict) -> None:
         history[:] = [said["denoised"], *history[:2]]
-        terms = [w * denoised.double() for w, denoised in zip(differences[said["i"]].tolist(), history, strict=False)]
+        terms = [
+            w * denoised.to(float64_device(denoised.device)).double()
+            for w, denoised in zip(differences[said["i"]].tolist(), history, strict=False)
+        ]
         error = sum(terms[1:], terms[0])
         errors.append(error.square().mean().sqrt().item() / plan.alphas[said["i"] + 1].item())
 

@@ -10,7 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from . import ops
 from .backends import CPU, CUDA, choose, kernels_for
 from .backends.reference import REFERENCE
-from .log_prob import check_log_prob, log_prob
+from .log_prob import Reduction, check_log_prob, check_reduction, log_prob
 from .noise import Seed, TorchStream, seeds_of
 from .plan import Plan, PlanStack
 from .predictions import PREDICTION_TYPES
@@ -40,7 +40,9 @@ def fast_step(
     seed: Seed | None = None,
     prediction_type: str | None = None,
     guidance: Guidance | None = None,
+    cfg_pp: bool = False,
     return_log_prob: bool = False,
+    log_prob_reduction: Reduction = "sum",
     global_shape: Sequence[int] | None = None,
     global_start: Sequence[int] | None = None,
     torch_layout: tuple[int, int] | None = None,
@@ -68,11 +70,15 @@ def fast_step(
         seed: the portable stream, the same bits on every machine, drawn in the kernel: one number, or a list with a number or
             a (seed, sample) pair for each sample of the batch, or int64 [batch, 2] of such pairs. See `portable_noise`.
         prediction_type: history[0] is the model's output, of this type: "sample" (the prediction itself), "epsilon", "v"
-            (alpha epsilon - sigma sample) or "flow" (epsilon - sample), at the plan's alpha and sigma of step i. The prediction
-            is computed in the same pass, rounded to the dtype of x as a history holds it, and returned too.
+            (alpha epsilon - sigma sample), "flow" (epsilon - sample) or "edm" (of the network inside EDM's preconditioning, for the
+            plan's sigma_data), at the plan's alpha and sigma of step i. The prediction is computed in the same pass, rounded to the
+            dtype of x as a history holds it, and returned too.
         guidance: with a prediction_type, (output without the condition, scale): history[0] is the output with it, and
             unconditional + scale (conditional - unconditional) takes its place. The scale is a number, or float64 [batch].
+        cfg_pp: with guidance, the step by CFG++ (arXiv 2406.08070): it moves by the guided prediction and renoises by the
+            unconditional one, and scales are 0 to 1 there. Nothing more is read. Order 1 of "ode" is DDIM with CFG++.
         return_log_prob: returns also the log-density of the step's Gaussian at the returned sample. See `step_log_prob`.
+        log_prob_reduction: of that: "sum" over the elements of a sample, or their "mean".
         global_shape, global_start: with `seed`, where x holds one shard of each sample: the shape of a whole sample and the
             index at which the shard starts, without the batch dimension. The shards' steps are the whole step, to the bit.
         torch_layout: with torch's stream on a CUDA device, (multiprocessors, threads of each) of the card whose numbers to draw:
@@ -92,44 +98,47 @@ def fast_step(
             raise ValueError("out, backend and torch_layout cannot be traced: leave them out in compiled code")
         check_one_source(noise=noise, generator=generator, seed=seed)
         given = NoiseArguments(noise, generator, seed, global_shape, global_start)
-        output = model_output(OutputArguments(prediction_type, guidance))
+        output = model_output(OutputArguments(prediction_type, guidance, cfg_pp))
         request = StepRequest(
-            plan.predicting(prediction_type), i, x, history[: plan.order], noise_of(given), plan.draws, output
+            plan.predicting(prediction_type, cfg_pp), i, x, history[: plan.order], noise_of(given), plan.draws, output
         )
-        return _and_log_prob(ops.run(request), request, return_log_prob)
+        return _and_log_prob(ops.run(request), request, return_log_prob, log_prob_reduction)
 
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
     whole = global_shape is None and global_start is None and torch_layout is None
     kernel = (CUDA if getattr(x, "is_cuda", False) else CPU).kernels
     if kernel is None or backend is not None:
         kernel = kernels_for(x, backend)
-    if kernel is not None and whole and not return_log_prob:
+    if kernel is not None and whole and not return_log_prob and log_prob_reduction == "sum":
         result, table = None, getattr(plan, "table", None)
-        if prediction_type is None and guidance is None:
+        if prediction_type is None and guidance is None and cfg_pp is False:
             if table is not None:
                 result = kernel.step(
                     table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, out=out
                 )
-        elif table is not None and (plain := _output_if_plain(plan, prediction_type, guidance)) is not None:
+        elif table is not None and (plain := _output_if_plain(plan, prediction_type, guidance, cfg_pp)) is not None:
             table, unconditional, scale = plain
             result = kernel.step(
                 table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, out=out, predicts=True,
-                unconditional=unconditional, scale=scale,
+                unconditional=unconditional, scale=scale, cfg_pp=cfg_pp,
             )  # fmt: skip
         if result is not None:
             return result
 
+    check_reduction("log_prob_reduction", log_prob_reduction)
+    if log_prob_reduction != "sum" and not return_log_prob:
+        raise ValueError(f"log_prob_reduction={log_prob_reduction!r} needs return_log_prob=True")
     given = NoiseArguments(noise, generator, seed, global_shape, global_start, torch_layout)
-    request = checked(plan, i, x, history, given, OutputArguments(prediction_type, guidance), out)
+    request = checked(plan, i, x, history, given, OutputArguments(prediction_type, guidance, cfg_pp), out)
     if isinstance(i, tuple) and plan.draws and isinstance(request.noise, TorchStream):
         raise ValueError(
             "seed or noise is needed where samples follow plans of their own: torch's stream would tie them together"
         )
     if return_log_prob:
-        check_log_prob(plan, i)
+        check_log_prob(plan, i, x)
         if out is not None:
             raise ValueError("out must not be given with return_log_prob: it could overwrite what the density depends on")
-    return _and_log_prob(step_of(request, backend), request, return_log_prob)
+    return _and_log_prob(step_of(request, backend), request, return_log_prob, log_prob_reduction)
 
 
 def step_of(request: StepRequest, backend: str | None = None):
@@ -141,25 +150,26 @@ def step_of(request: StepRequest, backend: str | None = None):
     return choose(request, backend).run(request)
 
 
-def _output_if_plain(plan, prediction_type, guidance) -> tuple | None:
+def _output_if_plain(plan, prediction_type, guidance, cfg_pp) -> tuple | None:
     """The table with the factors of the type, the unconditional output and the scale; without complaint None where something is
     wrong. A tuple, since to make a ModelOutput would be a tenth of a small step."""
     try:
-        table = plan.tables.get(PREDICTION_TYPES.get(prediction_type))
+        table = plan.tables.get((PREDICTION_TYPES.get(prediction_type), cfg_pp))
         if table is None:
-            table = None if prediction_type is None else plan.predicting(prediction_type).table
+            table = None if prediction_type is None else plan.predicting(prediction_type, cfg_pp).table
         unconditional, scale = (None, None) if guidance is None else pair_of(guidance)
     except (KeyError, TypeError, ValueError):
         return None
-    return None if table is None else (table, unconditional, scale)
+    fits = table is not None and (cfg_pp is False or (cfg_pp is True and guidance is not None))
+    return (table, unconditional, scale) if fits else None
 
 
-def _and_log_prob(result, request: StepRequest, wanted: bool):
+def _and_log_prob(result, request: StepRequest, wanted: bool, reduction: Reduction):
     """The result, and behind it the log-density at its next sample where that is wanted."""
     if not wanted:
         return result
     results = result if isinstance(result, tuple) else (result,)
-    return (*results, log_prob(request, results[0].detach()))
+    return (*results, log_prob(request, results[0].detach(), reduction))
 
 
 def reference_step(
@@ -171,6 +181,7 @@ def reference_step(
     seed: Seed | None = None,
     prediction_type: str | None = None,
     guidance: Guidance | None = None,
+    cfg_pp: bool = False,
 ) -> Any:
     """One step of the plan, `x_next = w_x x + sum_j w_d[j] history[j] + w_noise noise`.
 
@@ -181,13 +192,13 @@ def reference_step(
         history: predictions of the clean sample, newest first, each of the shape of x and of any float dtype.
         noise: standard normal, of the shape of x.
         seed: the portable stream instead, see `portable_noise`. One of the two is needed where w_noise is not 0.
-        prediction_type, guidance: history[0] is the model's output, as in `fast_step`.
+        prediction_type, guidance, cfg_pp: history[0] is the model's output, as in `fast_step`.
 
     Returns:
         The next sample, of the shape and dtype of x; with a prediction_type the pair (next sample, prediction). The error is at
         most (order + 3) 2^-24 sum |w_i x_i| plus half an ulp of the dtype (2^-53 for float64).
     """
-    given, output = NoiseArguments(noise=noise, seed=seed), OutputArguments(prediction_type, guidance)
+    given, output = NoiseArguments(noise=noise, seed=seed), OutputArguments(prediction_type, guidance, cfg_pp)
     request = checked(plan, i, x, history, given, output)
     if isinstance(request.noise, TorchStream):
         if request.draws and row_of_request(request).w_noise != 0:

@@ -6,7 +6,6 @@ csrc/er_sde_plan.h has the same for plans of named scalers, on the host and on C
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,6 +19,8 @@ from .table import W_D, W_NOISE, W_X
 Process = Literal["ve", "vp", "flow"]
 Method = Literal["newton", "taylor"]
 
+Eta = float | tuple[float, ...] | Tensor
+
 EPS = torch.finfo(torch.float64).eps
 CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
 
@@ -28,29 +29,34 @@ _GAUSS_X, _GAUSS_W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggau
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PlanOptions:
-    """What a plan is made with beside its levels; checked.
+    """What a plan is made with beside its levels; checked. Of a plan whose weights were given all is None but process, orders,
+    first_step and sigma_data.
 
     Attributes:
         process: where the alphas come from; None where they are given.
         orders: the order asked for at each step; where `guidance` chooses it, the largest that it may choose.
-        noise_scaler, s_noise, eta: of the noise.
+        noise_scaler, s_noise: of the noise.
+        eta: the strength of the noise scaler: one of all steps, or one of each; float64 [num_steps] on the device of the plan where
+            only that knows them.
         method: "newton" or "taylor".
         node_scale: of every step; None where `guidance` chooses it.
         integration_points: of the left Riemann sums, or None.
         guidance: what order and node_scale of each step are chosen for; None where they are named.
         first_step: step i draws the portable noise of step `first_step + i`.
+        sigma_data: of the network, for prediction_type "edm"; or None.
     """
 
     process: Process | None
     orders: tuple[int, ...]
-    noise_scaler: NoiseScaler
-    method: Method
+    noise_scaler: NoiseScaler | None
+    method: Method | None
     node_scale: float | None
     integration_points: int | None
-    s_noise: float
-    eta: float
+    s_noise: float | None
+    eta: Eta | None
     guidance: float | None
     first_step: int = 0
+    sigma_data: float | None = None
 
 
 class Levels(NamedTuple):
@@ -83,8 +89,8 @@ def fill_weights(table: Tensor, levels: Levels, options: PlanOptions) -> None:
         return
     l_s, l_t, alpha_t, sigma_t = l_s[steps], l_t[steps], alphas[1:][steps], sigmas[1:][steps]
     distance = _log_ratio(l_s, l_t)
-    growth = partial(noise_scaler.log_growth, eta=options.eta)
-    log_rho = -growth(l_t, distance)
+    etas = each_eta(options.eta, len(table), CPU)[steps]
+    log_rho = -noise_scaler.log_growth(l_t, distance, etas)
     inadmissible = ~(log_rho <= 8 * EPS)
     if inadmissible.any():
         at = int(inadmissible.nonzero()[0])
@@ -105,6 +111,7 @@ def fill_weights(table: Tensor, levels: Levels, options: PlanOptions) -> None:
             continue
         slots = torch.argsort((~uses[rows]).to(torch.uint8), dim=1, stable=True)[:, :n]
         nodes, scales = er_lambdas[steps[rows, None] - slots], node_scales[steps[rows]]
+        growth = _growth(noise_scaler, l_t[rows], etas[rows])
         panel = _panels(l_s[rows], l_t[rows], growth, scales, options.integration_points)
         rule = {"newton": _newton, "taylor": _taylor}[options.method]
         table[steps[rows, None], W_D + slots] += alpha_t[rows, None] * rule(panel, nodes, scales)
@@ -118,6 +125,13 @@ def fill_weights(table: Tensor, levels: Levels, options: PlanOptions) -> None:
             f"sigmas give no finite, consistent weights at step {at}, from er_lambda {er_lambdas[at].item()} "
             f"to {er_lambdas[at + 1].item()}; space the schedule more evenly or lower the order there"
         )
+
+
+def each_eta(eta: Eta, num_steps: int, device: torch.device) -> Tensor:
+    """The strengths of a plan's steps, float64 [num_steps] on its device."""
+    if not isinstance(eta, Tensor):
+        eta = torch.tensor(eta, dtype=torch.float64, device=CPU).to(device, non_blocking=True)
+    return eta.expand(num_steps)
 
 
 def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -136,6 +150,11 @@ def _distinct_nodes(er_lambdas: Tensor, still: Tensor, orders: Tensor, node_scal
     usable = (slot <= step) & (slot < orders[:, None])
     usable &= (slot == 0) | ~still[node]
     return usable & ((slot == 0) | torch.isfinite(er_lambdas[node]) | torch.isfinite(node_scales)[:, None])
+
+
+def _growth(noise_scaler: NoiseScaler, l_t: Tensor, etas: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of steps: log(psi / l) at `l_t exp(y)` less its value at l_t, from rows [n] and distances y [n, points]."""
+    return lambda row, y: noise_scaler.log_growth(l_t[row, None], y, etas[row, None])
 
 
 class _Panels(NamedTuple):
@@ -164,7 +183,7 @@ def _panels(l_s: Tensor, l_t: Tensor, growth: Callable, node_scale: Tensor, poin
     width = (reach / count)[row, None]
     y = width * (index[:, None] + (1 + _GAUSS_X) / 2)
     l = l_t[row, None] * torch.exp(y)
-    kernel = -torch.expm1(-(y + growth(l_t[row, None], y)))
+    kernel = -torch.expm1(-(y + growth(row, y)))
     return _Panels(row, l, kernel * l * width / 2 * _GAUSS_W, len(l_s))
 
 
@@ -172,12 +191,11 @@ def _riemann_panels(l_s: Tensor, l_t: Tensor, growth: Callable, points: int) -> 
     h = ((l_s - l_t) / points)[:, None]
     l = l_t[:, None] + h * torch.arange(points, dtype=torch.float64, device=CPU)
     y = _log_ratio(l, l_t[:, None])
-    inverse = torch.exp(-(y + growth(l_t[:, None], y)))
+    row = torch.arange(len(l_s), device=CPU)
+    inverse = torch.exp(-(y + growth(row, y)))
     ends = torch.stack([l_t, l_s], dim=1)
     half = ((l_s - l_t) / 2)[:, None].expand(-1, 2)
-    return _Panels(
-        torch.arange(len(l_s), device=CPU), torch.cat([ends, l], dim=1), torch.cat([half, -h * inverse], dim=1), len(l_s)
-    )
+    return _Panels(row, torch.cat([ends, l], dim=1), torch.cat([half, -h * inverse], dim=1), len(l_s))
 
 
 def _taylor(panels: _Panels, nodes: Tensor, node_scale: Tensor) -> Tensor:

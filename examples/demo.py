@@ -35,11 +35,12 @@ def sample(net, plan, labels, seed):
     history, steps, times = [], [], {"network": 0.0, "step": 0.0}
     for i in tqdm(range(plan.num_steps), desc="sampling 100 digits", unit="evaluation"):
         start = time.perf_counter()
-        denoised = net(x, plan.sigmas[i].item(), labels)
+        output = net.edm_output(x, plan.sigmas[i].item(), labels)
         middle = time.perf_counter()
-        history = [denoised, *history[: plan.order - 1]]
-        steps.append((x, history))
-        x = ersde_fast.fast_step(plan, i, x, history, seed=seed)
+        before, older = x, history[: plan.order - 1]
+        x, denoised = ersde_fast.fast_step(plan, i, x, [output, *older], seed=seed, prediction_type="edm")
+        history = [denoised, *older]
+        steps.append((before, history))
         times["network"] += middle - start
         times["step"] += time.perf_counter() - middle
     return x, steps, times
@@ -91,7 +92,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
 
     net = load_digits_unet()
-    plan = ersde_fast.er_sde_plan(karras_sigmas(20), order=3)
+    plan = ersde_fast.er_sde_plan(karras_sigmas(20), order=3, sigma_data=net.sigma_data)
     classes = torch.arange(net.label_dim)
     labels = torch.nn.functional.one_hot(classes.repeat_interleave(10), net.label_dim).float()
     digits, steps, times = sample(net, plan, labels, args.seed)

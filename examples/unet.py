@@ -102,8 +102,13 @@ class UNet(nn.Module):
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
         c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
         c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
+        return c_skip * x + c_out * self.edm_output(x, sigma, class_labels)
+
+    def edm_output(self, x, sigma, class_labels=None):
+        """The output inside the preconditioning, of the same arguments: what a step of prediction_type "edm" takes."""
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
         c_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()
-        return c_skip * x + c_out * self.raw(c_in * x, sigma.log() / 4, class_labels)
+        return self.raw(c_in * x, sigma.log() / 4, class_labels)
 
     def raw(self, x, noise_level, class_labels):
         """The network inside the preconditioning."""
@@ -135,6 +140,8 @@ class UNet(nn.Module):
 
 class FlowUNet(UNet):
     """Velocity noise - clean of a flow x = (1 - s) clean + s noise, s from 0 to 1: `net(x, s, class_labels)`."""
+
+    edm_output = None
 
     def forward(self, x, s, class_labels=None):
         s = torch.as_tensor(s, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)

@@ -27,7 +27,8 @@ BLOCK = 512
 TURNS, LARGE = 4, 2**24
 NO_NOISE, PORTABLE, TORCH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 COUNTER, P_X, P_M = tl.constexpr(columns.COUNTER), tl.constexpr(columns.P_X), tl.constexpr(columns.P_M)
-W_NOISE, W_X, W_D = tl.constexpr(columns.W_NOISE), tl.constexpr(columns.W_X), tl.constexpr(columns.W_D)
+W_GUIDE, W_NOISE = tl.constexpr(columns.W_GUIDE), tl.constexpr(columns.W_NOISE)
+W_X, W_D = tl.constexpr(columns.W_X), tl.constexpr(columns.W_D)
 NVIDIA = not INTERPRETED and torch.version.cuda is not None
 # The interpreter rounds tl.fma twice and has no libdevice.
 EXACT = tl.constexpr(INTERPRETED)
@@ -183,7 +184,7 @@ def read_terms(
 ):
     """What the step of elements e reads; x stands for a term that it does not have."""
     x, h0, h1, h2, h3, h4, guide, noise = tensors
-    w_x, w0, w1, w2, w3, w4, w_noise, p_x, p_m, p_u = weights
+    w_x, w0, w1, w2, w3, w4, w_u, w_noise, p_x, p_m, p_u = weights
     t_x = tl.load(x + e, mask=mask & ((w_x != 0) | (p_x != 0)), other=0.0)
     t0, t1, t2, t3, t4, t_u, t_z = t_x, t_x, t_x, t_x, t_x, t_x, t_x
     if GIVEN > 0:
@@ -197,7 +198,7 @@ def read_terms(
     if GIVEN > 4:
         t4 = read(h4, e, mask, w4)
     if GUIDED:
-        t_u = read(guide, e, mask, p_u)
+        t_u = tl.load(guide + e, mask=mask & ((p_u != 0) | (w_u != 0)), other=0.0)
     if HAS_NOISE:
         t_z = read(noise, e, mask, w_noise)
     return t_x, t0, t1, t2, t3, t4, t_u, t_z
@@ -210,7 +211,7 @@ def combine_and_store(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """The step of elements e: the prediction, where a model's output was read, then x, GIVEN predictions and the noise."""
-    w_x, w0, w1, w2, w3, w4, w_noise, p_x, p_m, p_u = weights
+    w_x, w0, w1, w2, w3, w4, w_u, w_noise, p_x, p_m, p_u = weights
     t_x, t0, t1, t2, t3, t4, t_u, t_z = terms
     zero = tl.full(e.shape, -0.0, tl.float64 if WIDE else tl.float32)
     if PREDICTS:
@@ -230,6 +231,8 @@ def combine_and_store(
         y = multiply_add(w3, t3, y)
     if GIVEN > 4:
         y = multiply_add(w4, t4, y)
+    if GUIDED:
+        y = multiply_add(w_u, t_u, y)
     if HAS_NOISE:
         y = multiply_add(w_noise, t_z, y)
     if DRAWS:
@@ -260,7 +263,7 @@ def weight(row, k, exists, ORDER: tl.constexpr):
 def er_sde_step(
     x, h0, h1, h2, h3, h4, guide, noise, out, denoised, seeds, table, plan_index, step_index, scales,
     size: "i64", samples: "i32", num_plans: "i64", num_steps: "i64", scale: "fp64", seed: "u64", torch_offset: "i64",
-    torch_threads: "i64", counter: "i64", p_x: "fp64", p_m: "fp64", w_noise: "fp64", w_x: "fp64",
+    torch_threads: "i64", counter: "i64", p_x: "fp64", p_m: "fp64", w_u: "fp64", w_noise: "fp64", w_x: "fp64",
     w0: "fp64", w1: "fp64", w2: "fp64", w3: "fp64", w4: "fp64",
     ORDER: tl.constexpr, GIVEN: tl.constexpr, INDEXED: tl.constexpr, PREDICTS: tl.constexpr, GUIDED: tl.constexpr,
     HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, HAS_SEEDS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -288,7 +291,7 @@ def er_sde_step(
         row = table + at * (W_D + ORDER)
         for k in tl.static_range(GIVEN, ORDER):  # predictions that the step uses but was not given
             exists = exists & (column(row, W_D + k, exists) == 0)
-        w_x, w_noise = column(row, W_X, exists), column(row, W_NOISE, exists)
+        w_u, w_noise, w_x = column(row, W_GUIDE, exists), column(row, W_NOISE, exists), column(row, W_X, exists)
         w0, w1, w2 = weight(row, 0, exists, ORDER), weight(row, 1, exists, ORDER), weight(row, 2, exists, ORDER)
         w3, w4 = weight(row, 3, exists, ORDER), weight(row, 4, exists, ORDER)
         p_x, p_m = column(row, P_X, exists), column(row, P_M, exists)
@@ -310,8 +313,8 @@ def er_sde_step(
     acc: tl.constexpr = tl.float64 if WIDE else tl.float32
     weights = (
         tl.full([BLOCK], w_x, acc), tl.full([BLOCK], w0, acc), tl.full([BLOCK], w1, acc), tl.full([BLOCK], w2, acc),
-        tl.full([BLOCK], w3, acc), tl.full([BLOCK], w4, acc), tl.full([BLOCK], w_noise, acc), tl.full([BLOCK], p_x, acc),
-        tl.full([BLOCK], p_m, acc), tl.full([BLOCK], p_u, acc),
+        tl.full([BLOCK], w3, acc), tl.full([BLOCK], w4, acc), tl.full([BLOCK], w_u, acc), tl.full([BLOCK], w_noise, acc),
+        tl.full([BLOCK], p_x, acc), tl.full([BLOCK], p_m, acc), tl.full([BLOCK], p_u, acc),
     )  # fmt: skip
     if SOURCE == TORCH:
         s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -367,7 +370,7 @@ def step(request: StepRequest):
     """Launches the kernel for a step whose noise is a tensor or is drawn here."""
     x, out = request.x, request.out
     predicts = request.output is not None
-    unconditional, scale = request.output if predicts else (None, None)
+    unconditional, scale, _ = request.output if predicts else (None, None, False)
     next_sample = torch.empty_like(x) if out is None else out
     denoised = torch.empty_like(x) if predicts else None
     if x.numel() == 0:
@@ -430,7 +433,7 @@ def row_of(plan: columns.Table, i, device: torch.device) -> Sequence[float] | tu
     return row.tolist() if row.is_cpu else (row[None], None, None)
 
 
-NO_ROW = (0, *[0.0] * 9)
+NO_ROW = (0, *[0.0] * 10)
 NO_WEIGHTS = (0.0,) * 5
 
 

@@ -186,6 +186,16 @@ def test_sampler_by_its_options():
     assert torch.equal(ode, sample("EPS", ours(solver_type="ODE")))
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_window_of_noise(kind):
+    """The node's window by the model's own times: all of them, none, and the middle."""
+    whole, ode = sample(kind, ours()), sample(kind, ours(solver_type="ODE"))
+    assert torch.equal(sample(kind, ours(noise_start=0.0, noise_end=1.0)), whole)
+    torch.testing.assert_close(sample(kind, ours(noise_start=1.0, noise_end=1.0)), ode, rtol=1e-5, atol=1e-5)
+    middle = sample(kind, ours(noise_start=0.2, noise_end=0.8))
+    assert not torch.equal(middle, whole) and not torch.equal(middle, ode) and middle.isfinite().all()
+
+
 @pytest.mark.parametrize("compatible", [False, True])
 def test_a_flow_that_starts_an_ulp_above_1(compatible):
     levels = [torch.tensor([start, 0.8, 0.5, 0.2, 0.0]) for start in (1.0, 1.0000001)]

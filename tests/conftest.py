@@ -1,5 +1,6 @@
 """Shared by the tests: which backends run here, and exact arithmetic to hold them to."""
 
+import functools
 import os
 from fractions import Fraction
 
@@ -8,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
+from ersde_fast.backends import CUDA, compiled, nvrtc
 from ersde_fast.noise import Portable
 from ersde_fast.request import StepRequest
 from ersde_fast.table import COUNTER, W_D, W_NOISE, Table
@@ -21,6 +23,24 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@functools.cache
+def by_nvrtc():
+    return nvrtc.load(compiled.LIBRARY, compiled.FOLDER)
+
+
+@pytest.fixture(params=["extension", "nvrtc"])
+def cuda_way(request, monkeypatch):
+    """Each way to the CUDA kernels."""
+    if request.param == "extension":
+        if CUDA.unavailable() is None and CUDA.way != "extension":
+            pytest.skip("needs the extension with CUDA")
+    else:
+        kernels, why = by_nvrtc()
+        assert kernels is not None, why
+        for name, value in {"way": "nvrtc", "kernels": kernels, "why_no_kernels": None}.items():
+            monkeypatch.setattr(CUDA, name, value)
 
 
 GPU_BACKENDS = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton")]

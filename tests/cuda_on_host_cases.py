@@ -87,7 +87,7 @@ def test_the_kernel_has_the_bits_of_the_cpu_kernel(data, order, source, seed):
         kwargs["prediction_type"] = data.draw(st.sampled_from(["sample", "epsilon", "v", "flow"]))
         scale = data.draw(st.sampled_from([None, 1.0, 3.5, torch.linspace(0, 7, len(x), dtype=torch.float64)]))
         if scale is not None:
-            kwargs["guidance"] = (unconditional, scale)
+            kwargs |= {"guidance": (unconditional, scale), "cfg_pp": data.draw(st.booleans())}
     expected = fast_step(plan_of(order, source), 4, x, history, backend="cpu", **kwargs)
     out = data.draw(st.sampled_from([None, torch.empty_like(x), x]))
     assert equal(by_cuda(fast_step, plan_of(order, source), 4, x, history, out=out, **kwargs), expected)
@@ -107,6 +107,7 @@ def test_samples_at_their_own_steps_of_their_own_plans(data, predicts):
     kwargs = dict(seed=[(5 + b, b) for b in range(len(x))])
     if predicts:
         kwargs |= dict(prediction_type="v", guidance=(unconditional, torch.linspace(0, 7, len(x), dtype=torch.float64)))
+        kwargs["cfg_pp"] = data.draw(st.booleans())
     index = (torch.tensor(which), torch.tensor(steps))
     expected = fast_step(stack_plans(plans), index, x, history, backend="cpu", **kwargs)
     assert equal(by_cuda(fast_step, stack_plans(plans), index, x, history, **kwargs), expected)

@@ -138,6 +138,48 @@ def test_settings_that_exclude_each_other(comfyui):
             node.get_sampler(**{**fixed, "noise": comfyui.TORCH, "compatible": False, **named})
 
 
+class Window:
+    """A model whose times are its levels, 1 to 0."""
+
+    inner_model = types.SimpleNamespace(model_patcher=types.SimpleNamespace(get_model_object=lambda name: Window))
+    percent_to_sigma = staticmethod(lambda percent: 1 - percent)
+
+    def __call__(self, x, sigma):
+        return 0.5 * x
+
+
+def noise_levels(comfyui, **options):
+    """The ends of the steps that draw noise."""
+    seen = []
+
+    def sampler(sigma, sigma_next):
+        seen.append(sigma_next.item())
+        return torch.zeros(1, 3)
+
+    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    comfyui.sample_er_sde_fast(Window(), torch.ones(1, 3), sigmas, disable=True, noise_sampler=sampler, **options)
+    return seen
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+@pytest.mark.parametrize(
+    "start, end, levels",
+    [(0, 1, [0.75, 0.5, 0.25]), (0.25, 0.5, [0.75, 0.5]), (0.3, 1, [0.5, 0.25]), (0, 0.6, [0.75, 0.5]), (0.6, 0.7, [])],
+)
+def test_noise_is_added_between_shares_of_the_models_times(comfyui, start, end, levels, compatible):
+    """As SamplerSASolver's: where the level that a step ends at lies between those of the two shares."""
+    assert noise_levels(comfyui, noise_start=start, noise_end=end, compatible=compatible) == levels
+    assert noise_levels(comfyui, noise_start=start, noise_end=end, eta=0.0) == []
+
+
+@pytest.mark.parametrize("start, end", [(0.5, 0.4), (-0.1, 1), (0, 1.1), (math.nan, 1)])
+def test_a_window_that_is_none_is_refused(comfyui, start, end):
+    with pytest.raises(
+        ValueError, match=f"noise_start and noise_end must be from 0 to 1, in this order, got {start} and {end}"
+    ):
+        noise_levels(comfyui, noise_start=start, noise_end=end)
+
+
 @pytest.mark.parametrize(
     "guider, guidance",
     [

@@ -662,6 +662,10 @@ def test_bad_schedules(config, arguments, message):
         ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of"),
         ({"noise_scaler": "sde_9"}, "noise_scaler must be one of"),
         ({"eta": -1.0}, "eta must be a finite number of at least 0"),
+        ({"eta": [1.0, -1.0]}, r"eta\[1\] must be a finite number of at least 0"),
+        ({"eta_window": 0.5}, r"eta_window must be \[start, end\], shares from 0 to 1 in this order, got 0.5"),
+        ({"eta_window": [0.5, 0.2]}, r"eta_window must be \[start, end\]"),
+        ({"eta_window": [0, 1], "eta": [1.0, 1.0]}, r"eta_window=\[0, 1\] needs an eta that is one number, got \[1.0, 1.0\]"),
         ({"levels_of": "EDMEulerScheduler", "sigma_min": 0.01, "sigma_max": 80.0}, "sigma_data must be a positive number"),
         ({"use_flow_sigmas": False, "levels_of": "UniPCMultistepScheduler", **FLOW}, "needs the levels of a flow"),
         ({"sigma_schedule": "even"}, "sigma_schedule must be"),
@@ -673,6 +677,32 @@ def test_bad_schedules(config, arguments, message):
 def test_bad_configs(config, message):
     with pytest.raises(ValueError, match=message):
         ERSDEScheduler(**config)
+
+
+@pytest.mark.parametrize(
+    "keys, eta",
+    [
+        ({"eta_window": [0.2, 0.6], "eta": 0.5}, (0, 0.5, 0.5, 0, 0)),
+        ({"eta_window": [0, 1]}, (1,) * 5),
+        ({"eta": np.array([0.0, 1, 2, 1, 0])}, (0, 1, 2, 1, 0)),
+    ],
+)
+def test_eta_by_the_step(keys, eta, tmp_path):
+    """Noise in a window, or as much of it as a list says; through a file and back."""
+    ERSDEScheduler.from_config(DPMSolverMultistepScheduler().config, seed=1, **keys).save_pretrained(tmp_path)
+    scheduler = ERSDEScheduler.from_pretrained(tmp_path)
+    scheduler.set_timesteps(5)
+    assert scheduler._plan.eta == eta
+    x = y = noise()
+    plan, history = scheduler._plan, []
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(0.5 * x, t, x).prev_sample
+        y, denoised = fast_step(plan, i, y, [0.5 * y, *history], seed=1, prediction_type="epsilon")
+        history = [denoised, *history[: plan.order - 1]]
+    assert torch.equal(x, y)
+    if isinstance(keys["eta"] if "eta" in keys else 1.0, np.ndarray):
+        with pytest.raises(ValueError, match="eta must be one number or 6, one for each step, got 5"):
+            scheduler.set_timesteps(6)
 
 
 def test_copies_in_the_middle_of_a_run():

@@ -58,6 +58,26 @@ def test_sampler_keeps_within_the_networks_levels():
     assert not torch.equal(ones, expected) and ones.isfinite().all()
 
 
+class Preconditioned(Gaussian):
+    """The same in EDM's preconditioning: what the network inside would have to say."""
+
+    sigma_data = 0.4
+
+    def edm_output(self, x, sigma, class_labels=None):
+        s = sigma.view(-1, 1, 1, 1)
+        total = s**2 + self.sigma_data**2
+        return (self(x, sigma, class_labels) - self.sigma_data**2 / total * x) * total.sqrt() / (s * self.sigma_data)
+
+
+def test_the_raw_output_is_preconditioned_in_the_steps_pass():
+    latents = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    settings = {"num_steps": 8, "seed": 5, "eta": [0, 1, 1, 0.5, 1, 0, 1, 0]}
+    expected = edm.er_sde_sampler(Gaussian(), latents, labels(1, 2), **settings)
+    result = edm.er_sde_sampler(Preconditioned(), latents, labels(1, 2), **settings)
+    assert not torch.equal(result, expected)
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-11)
+
+
 def images_of(seeds, batch_size):
     batches = edm.generate(Gaussian(), seeds, batch_size, progress=False)
     return {seed: image for batch, images in batches for seed, image in zip(batch, images, strict=True)}

@@ -75,7 +75,11 @@ def plan_arguments(draw, wrong=True):
         "order": draw(st.integers(1, top)),
         "s_noise": draw(st.sampled_from([0.0, 0.3, 1.0, 1.003])),
         "eta": draw(st.sampled_from([0.0, 0.4, 1.0, 2.0])),
+        "sigma_data": draw(st.sampled_from([0.5, 1])),
     }
+    if draw(st.booleans()):
+        steps = len(arguments["sigmas"]) - 1
+        arguments["eta"] = draw(st.lists(st.sampled_from([0.0, 0.4, 1, 2.0]), min_size=steps, max_size=steps))
     arguments["noise_scaler"] = draw(
         st.sampled_from(["ode", "sde", "sde_1", "sde_2", "sde_3", "sde_5", "reverse_time_sde(0.3)"])
     )
@@ -150,7 +154,7 @@ def tensors(draw, shape, dtype):
 def step_arguments(draw):
     """(plan, arguments of fast_step, whether nothing in them is wrong)."""
     plan = plan_or_none(draw(plan_arguments(wrong=False)))
-    plan = plan or er_sde_plan([3, 2, 1, 0])
+    plan = plan or er_sde_plan([3, 2, 1, 0], sigma_data=0.5)
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
     shape = shape if draw(st.integers(1, 20)) > 1 else (3, 4097)
     dtype = draw(st.sampled_from(DTYPES))
@@ -375,7 +379,7 @@ def test_runs(arguments, data):
     options = {
         k: v
         for k, v in arguments.items()
-        if k in ("process", "method", "node_scale", "integration_points", "s_noise", "eta", "noise_scaler")
+        if k in ("process", "method", "node_scale", "integration_points", "s_noise", "eta", "sigma_data", "noise_scaler")
     }
     plan = plan_or_none(arguments if "alphas" not in arguments else {k: v for k, v in arguments.items() if k != "alphas"})
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ import torch
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob
 from ersde_fast.predictions import PREDICTION_TYPES
 
-PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=3, s_noise=0.9)
+PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=3, s_noise=0.9, sigma_data=0.5)
 FLOW = er_sde_plan([1, 0.9, 0.8, 0.6, 0.4, 0.2, 0], process="flow", order=2)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -13,7 +13,7 @@ from ersde_fast.predictions import PREDICTION_TYPES
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIGMAS = [9, 8, 6.5, 5, 4, 3, 0]
-PLANS = {n: er_sde_plan(SIGMAS, order=n, method="newton") for n in (1, 2, 3, 4, 5)}
+PLANS = {n: er_sde_plan(SIGMAS, order=n, method="newton", sigma_data=0.5) for n in (1, 2, 3, 4, 5)}
 PLAN = PLANS[3]
 STACK = stack_plans([PLAN, PLAN.starting_at(1)])
 # The step from predictions, and from a model's output with guidance: (prediction_type, guided).

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import setuptools
 import torch
 
 import ersde_fast
+from ersde_fast.backends import library
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = Path(sysconfig.get_path("purelib"))
@@ -92,15 +94,16 @@ def test_wheel_from_the_source_archive_without_compiler_and_network(tmp_path, so
     assert abs(got - expected) <= 6 * 6 * 2.0**-24 * 3 * 6  # six elements, each within (order + 3) 2^-24 of its terms
 
 
-def build(hook, tmp_path, source, torch_there, **environment):
-    """A hook of the build in isolation, and the result's path."""
+def build(hook, tmp_path, source, torch_there, compiler=False, **environment):
+    """A hook of the build in isolation: what pip would install lies in tmp_path then."""
     overlay = tmp_path / "overlay"
     overlay.mkdir()
     for part in Path(setuptools.__file__).parents[1].glob("setuptools*"):
         (overlay / part.name).symlink_to(part)
     (overlay / "sitecustomize.py").write_text(ISOLATED.format(torch=torch_there))
     code = f"import setuptools.build_meta; setuptools.build_meta.{hook}({str(tmp_path)!r})"
-    run("-c", code, cwd=source, PYTHONPATH=str(overlay), CXX="none", PATH=str(tmp_path), **environment)
+    nowhere = {} if compiler else {"CXX": "none", "PATH": str(tmp_path)}
+    run("-c", code, cwd=source, PYTHONPATH=str(overlay), **nowhere, **environment)
 
 
 def info_of_the_wheel(tmp_path):
@@ -116,12 +119,28 @@ def test_archives_and_metadata_need_no_torch(tmp_path, source, hook):
     assert any(tmp_path.glob("ersde_fast*"))
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_build_without_torch_is_the_library_for_every_python(tmp_path, source):
+    build("build_wheel", tmp_path, source, torch_there=False, compiler=True)
+    reasons, _ = info_of_the_wheel(tmp_path)
+    assert re.search(r"No module named 'torch'.*: install torch, then pip install --no-build-isolation \.", reasons["cpu"])
+    (wheel,) = tmp_path.glob("ersde_fast-*-py3-none-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {f"ersde_fast/csrc/{path.name}" for pattern in ("*.h", "*.cu") for path in (ROOT / "csrc").glob(pattern)}
+    assert sources == {name for name in names if name.startswith("ersde_fast/csrc/")}
+    assert f"ersde_fast/{library.NAME}" in names
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    loaded, why = library.load(site / "ersde_fast")
+    assert loaded is not None, why
+
+
 @pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
-def test_a_build_that_finds_no_torch_says_what_to_do(tmp_path, source, hook):
+def test_an_extension_that_is_demanded_and_finds_no_torch_says_what_to_do(tmp_path, source, hook):
     with pytest.raises(
         RuntimeError, match=r"error: .*No module named 'torch'.*: install torch, then pip install --no-build-isolation \."
     ):
-        build(hook, tmp_path, source, torch_there=False)
+        build(hook, tmp_path, source, torch_there=False, compiler=True, ERSDE_FAST_REQUIRE="1")
 
 
 @pytest.mark.skipif(PACKAGES not in Path(torch.__file__).parents, reason="torch is of another environment than this Python's")

@@ -114,7 +114,8 @@ def test_weights_equal_forty_digit_arithmetic(scaler, eta, l_t, log_ratio):
     with mp.workdps(40):
         step = ExactStep(l_s, l_t, lambda l: l ** (1 - mp.mpf(eta)) * PHI[scaler](l) ** mp.mpf(eta))
         for method, order, node_scale in cases:
-            plan = er_sde_plan(schedule, order=order, noise_scaler=scaler, method=method, node_scale=node_scale, eta=eta)
+            etas = 1 if eta == 1 else [0, 3, 0.5, 1.1, eta]
+            plan = er_sde_plan(schedule, order=order, noise_scaler=scaler, method=method, node_scale=node_scale, eta=etas)
             nodes = [mp.mpf(l) for l in schedule[5 - order : 5][::-1]]
             w_d = step.taylor(nodes) if method == "taylor" else step.newton(nodes, node_scale)
             row = plan.weights[4].tolist()
@@ -440,6 +441,38 @@ def test_eta_stays_the_plans(scaler):
     er_sde_plan([1e4, 5e3, 100], noise_scaler="sde_4", eta=0).check()
 
 
+# ---- eta by the step ----
+
+WINDOW = [0, 0.3, 2.5, 0, 1, 0, 0.7, 0]
+
+
+@pytest.mark.parametrize("process, sigmas", [("ve", karras(9)), ("flow", np.linspace(1, 0, 9)), ("vp", np.linspace(1, 0.1, 9))])
+@pytest.mark.parametrize("scaler, name", [(name, name) for name in ("sde_5", "sde_1", "sde")] + [(lambda l: l**1.5, "sde_2")])
+@pytest.mark.parametrize("rule", [{"integration_points": 50}, {"method": "newton", "order": 5}, {"guidance": 6}])
+def test_each_step_has_the_weights_of_its_eta(process, sigmas, scaler, name, rule):
+    """A step reads phi inside its own interval alone, up to a factor: row i is that of a plan whose eta is eta[i]. A function,
+    which has no limit at infinity, needs none where eta is 0."""
+    plan = er_sde_plan(sigmas, process=process, noise_scaler=scaler, eta=WINDOW, **rule)
+    for i, eta in enumerate(WINDOW):
+        alike = er_sde_plan(sigmas, process=process, noise_scaler=name, eta=eta, **rule)
+        torch.testing.assert_close(plan.table[i], alike.table[i], rtol=1e-12, atol=1e-14)
+        assert eta or plan.rows[i].w_noise == 0
+    assert plan.eta == tuple(WINDOW) and plan.draws
+    rest, at_once = plan.starting_at(2), er_sde_plan(sigmas[2:], process=process, noise_scaler=scaler, eta=WINDOW[2:], **rule)
+    assert rest.eta == at_once.eta and torch.equal(rest.weights, at_once.weights)
+    plan.check()
+
+
+@pytest.mark.parametrize(
+    "of", [list, tuple, np.array, np.float32, torch.tensor, lambda eta: torch.tensor(eta).requires_grad_()]
+)
+def test_etas_are_numbers_arrays_or_tensors(of):
+    etas = [0, 0.5, 2.0]
+    plan = er_sde_plan([4, 3, 2, 1], eta=of(etas))
+    assert plan.eta == tuple(etas) and torch.equal(plan.table, er_sde_plan([4, 3, 2, 1], eta=etas).table)
+    assert not er_sde_plan([4, 3, 2, 1], eta=[0.0] * 3).draws
+
+
 def test_callable_scaler_equals_the_named_one():
     named = er_sde_plan(karras(12), noise_scaler="sde_5").weights
     given_phi = er_sde_plan(karras(12), noise_scaler=lambda l: l * ((l**0.3).exp() + 10)).weights
@@ -495,12 +528,15 @@ def test_another_default_device_does_not_matter():
 
 @pytest.mark.parametrize("sigmas, process", [([9, 4, 1, 0.1], "ve"), ([0.99, 0.7, 0.3, 0], "vp"), ([0.9, 0.5, 0.1, 0], "flow")])
 def test_the_factors_of_each_prediction_type_undo_its_definition(sigmas, process):
-    """x = alpha x0 + sigma eps, and the model says eps, v = alpha eps - sigma x0, eps - x0, or x0."""
-    plan = er_sde_plan(sigmas, process=process)
+    """x = alpha x0 + sigma eps, and the model says eps, v = alpha eps - sigma x0, eps - x0, x0, or what EDM's preconditioning makes
+    x0 of: x0 = c_skip y + c_out output, y = x / alpha with noise l = sigma / alpha."""
+    plan, std = er_sde_plan(sigmas, process=process, sigma_data=0.6), 0.6
     denoised, noise = 0.3, -1.7
     for i in range(plan.num_steps):
         alpha, sigma = plan.alphas[i].item(), plan.sigmas[i].item()
         outputs = {"sample": denoised, "epsilon": noise, "v": alpha * noise - sigma * denoised, "flow": noise - denoised}
+        l, total = sigma / alpha, (sigma / alpha) ** 2 + std**2
+        outputs["edm"] = (denoised - std**2 / total * (denoised + l * noise)) / (l * std / math.sqrt(total))
         for name in PREDICTION_TYPES:
             p_x, p_m = plan.predicting(name).rows[i].prediction
             assert p_x * (alpha * denoised + sigma * noise) + p_m * outputs[name] == pytest.approx(denoised, rel=1e-13)
@@ -587,8 +623,21 @@ def test_a_stack_of_what_is_no_plan(plans):
         (dict(s_noise=math.nan), ValueError, r"s_noise must be a finite number"),
         (dict(eta=-0.5), ValueError, r"eta must be a finite number of at least 0, got -0.5"),
         (dict(eta=math.inf), ValueError, r"eta must be a finite number of at least 0, got inf"),
-        (dict(eta=[1, 1]), ValueError, r"eta must be a finite number of at least 0, got \[1, 1\]"),
+        (dict(eta="1"), ValueError, r"eta must be a finite number of at least 0, got '1'"),
+        (dict(eta=[1]), ValueError, r"eta must be one number or 2, one for each step, got 1"),
+        (dict(eta=torch.ones(3)), ValueError, r"eta must be a number or have shape \(2,\), one for each step, got \(3,\)"),
+        (dict(eta=np.ones((2, 1))), ValueError, r"eta must be a number or have shape \(2,\), one for each step, got \(2, 1\)"),
+        (dict(eta=[1, -1]), ValueError, r"eta\[1\] must be a finite number of at least 0, got -1"),
+        (dict(eta=[math.nan, 1]), ValueError, r"eta\[0\] must be a finite number of at least 0, got nan"),
+        (dict(eta=torch.tensor([1j, 1])), ValueError, r"eta\[0\] must be a finite number of at least 0, got 1j"),
+        (dict(eta=[True, 1]), ValueError, r"eta\[0\] must be a finite number of at least 0, got True"),
+        (dict(eta=torch.ones(2, device="meta")), ValueError, r"eta must be on the CPU or where sigmas are, cpu, got meta"),
+        (dict(sigmas=[9000, 5000, 2000], noise_scaler="sde_4", eta=[0, 1]), ValueError, r"sde_4 is inadmissible at step 1"),
+        (dict(sigmas=[1, 1, 0.5], process="flow", noise_scaler="sde_4", eta=[0, 1]), ValueError, r"no limit at er_lambda = inf"),
         (dict(sigmas=[1, 0.5], process="flow", noise_scaler="sde_4", eta=0.1), ValueError, r"no limit at er_lambda = inf"),
+        (dict(sigma_data=0), ValueError, r"sigma_data must be above 0, got 0"),
+        (dict(sigma_data=math.nan), ValueError, r"sigma_data must be a finite number of at least 0, got nan"),
+        (dict(sigma_data="0.5"), ValueError, r"sigma_data must be a finite number of at least 0, got '0.5'"),
         (dict(sigmas=[1, 0.5], process="flow", noise_scaler=lambda l: l, eta=0.1), ValueError, r"no limit at er_lambda = inf"),
     ],
 )  # fmt: skip

@@ -39,6 +39,7 @@ def options_of(orders, process, scaler, method="taylor", node_scale=math.inf, in
         s_noise=s_noise,
         eta=eta,
         guidance=None,
+        sigma_data=0.6,
     )
 
 
@@ -72,7 +73,8 @@ def test_the_kernels_table_is_the_hosts(schedule, scaler):
     for method, order, options in RULES + CHOSEN:
         if scaler == "sde_4" and (sigmas[0] > 1022 or process == "flow"):
             continue
-        for eta in (0.0, 0.3, 1.0):
+        by_step = tuple(k % 4 / 2 for k in range(len(sigmas) - 1))
+        for eta in (0.0, 1.0, by_step):
             assert_same_plan(*both(sigmas, process, order, scaler, method, eta=eta, **options))
 
 
@@ -82,7 +84,17 @@ def test_the_kernel_takes_alphas_and_an_order_for_each_step():
     assert_same_plan(*both(sigmas, "flow", (2, 1, 5, 4), method="newton", node_scale=2.0))
 
 
-@pytest.mark.parametrize("scaler, eta", [("sde_5", 0.0), ("sde_5", 0.3), ("ode", 1.0), ("reverse_time_sde(0.5)", 2.0)])
+@pytest.mark.parametrize(
+    "scaler, eta",
+    [
+        ("sde_5", 0.0),
+        ("sde_5", 0.3),
+        ("ode", 1.0),
+        ("reverse_time_sde(0.5)", 2.0),
+        ("sde_5", (0.0, 0.0)),
+        ("sde_5", (0.0, 1.0)),
+    ],
+)
 @pytest.mark.parametrize("s_noise", [0.0, 1.0])
 def test_whether_a_plan_on_a_device_draws_is_known_without_looking(monkeypatch, scaler, eta, s_noise):
     options = options_of((1, 1), "ve", scaler, s_noise=s_noise, eta=eta)
@@ -130,6 +142,16 @@ def test_what_the_host_refuses_is_nan_and_check_says_why(sigmas, process, scaler
         plan.check()
 
 
+@pytest.mark.parametrize("wrong", [-0.5, math.nan, math.inf])
+def test_an_eta_that_only_the_device_knows_is_nan_where_it_is_none(wrong):
+    eta = torch.tensor([0.0, wrong, 0.7], dtype=torch.float64)
+    plan = _build_by_kernel(torch.tensor([4.0, 3.0, 2.0, 1.0]), None, replace(options_of((2, 2, 2), "ve", "sde_5"), eta=eta))
+    assert plan.weights.isnan().all(1).tolist() == [False, True, False]
+    assert torch.equal(plan.starting_at(2).eta, eta[2:])
+    with pytest.raises(ValueError, match=rf"eta\[1\] must be a finite number of at least 0, got {wrong}"):
+        plan.check()
+
+
 def test_check_is_silent_about_a_plan_that_fits():
     er_sde_plan([5, 4, 3, 0], order=[1, 2, 3], noise_scaler=lambda l: l**1.5).check()
     er_sde_plan([0.9, 0.5], [0.1, 0.5], method="newton", node_scale=3.0).check()
@@ -152,6 +174,19 @@ def test_a_plan_is_built_where_its_sigmas_lie(schedule):
         host = er_sde_plan(sigmas, process=process, order=order, method=method, **options)
         assert_same_plan(plan, host)
         assert plan.draws == host.draws
+    etas = [k % 4 / 2 for k in range(len(sigmas) - 1)]
+    host = er_sde_plan(sigmas, process=process, eta=etas)
+    for eta in (etas, torch.tensor(etas).cuda()):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            plan = er_sde_plan(on_device, process=process, eta=eta)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_same_plan(plan, host)
+        assert plan.draws
+    with pytest.raises(ValueError, match="eta must be on the CPU or where sigmas are, cpu"):
+        er_sde_plan(sigmas, process=process, eta=torch.tensor(etas).cuda())
     for guidance in (None, 1.0, 7.5):
         assert_same_plan(
             er_sde_plan(on_device, process=process, guidance=guidance), er_sde_plan(sigmas, process=process, guidance=guidance)

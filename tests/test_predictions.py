@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ersde_fast import er_sde_plan, fast_step, reference_step, stack_plans, step_log_prob
+from ersde_fast import Plan, er_sde_plan, fast_step, reference_step, stack_plans, step_log_prob
 from ersde_fast.graph import SamplingGraph, StepGraph
 from ersde_fast.predictions import PREDICTION_TYPES
 
@@ -84,6 +84,29 @@ def test_what_says_nothing_of_the_sample_is_refused(score):
     plan = er_sde_plan([1, 0.5, 0], process="flow")
     with pytest.raises(ValueError, match='prediction_type "score" says nothing of the clean sample where alpha is 0'):
         fast_step(plan, 0, X, [OUTPUT], seed=5, prediction_type=score)
+
+
+def test_edm_needs_the_sigma_data_of_every_plan():
+    told, untold = (er_sde_plan([3.0, 2.0, 1.0], sigma_data=std) for std in (0.5, None))
+    other, step = er_sde_plan([3.0, 2.0, 1.0], sigma_data=0.7), {"seed": 5, "prediction_type": "edm"}
+    index = torch.tensor([0, 1]), torch.tensor([1, 0])
+    mixed, _ = fast_step(stack_plans([told, other]), index, X, [OUTPUT, *OLDER], **step)
+    for b, (plan, i) in enumerate([(told, 1), (other, 0)]):
+        assert torch.equal(mixed[b], fast_step(plan, i, X, [OUTPUT, *OLDER], **step)[0][b])
+    for plan, i in [(untold, 1), (stack_plans([told, untold]), index)]:
+        with pytest.raises(ValueError, match='prediction_type "edm" needs the sigma_data of the network: er_sde_plan'):
+            fast_step(plan, i, X, [OUTPUT, *OLDER], **step)
+    with pytest.raises(ValueError, match='"edm" needs the sigma_data'):
+        SamplingGraph(lambda x, sigma: x, untold, (2, 3), device="cpu", prediction_type="edm")
+
+
+def test_edm_at_infinity_and_from_the_middle():
+    """Where alpha is 0 the output alone counts; sigma_data stays with the plan."""
+    plan = er_sde_plan([1, 0.5, 0], process="flow", sigma_data=0.5)
+    assert plan.predicting("edm").rows[0].prediction == (0.0, 0.5)
+    assert plan.starting_at(1).sigma_data == 0.5
+    given = Plan.from_weights(plan.weights, plan.sigmas, process="flow", sigma_data=0.5)
+    assert torch.equal(given.predicting("edm").table, plan.predicting("edm").table) and given.starting_at(1).sigma_data == 0.5
 
 
 def test_a_toy_scaler_is_a_function():

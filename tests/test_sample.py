@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ersde_fast import er_sde_plan, fast_step, portable_noise, sample_er_sde
+from ersde_fast.sample import Source, sample_plan
 
 SIGMAS = torch.tensor([10.0, 5.0, 2.0, 0.8, 0.2, 0.0])
 MEAN, STD = 0.3, 0.5
@@ -125,6 +126,20 @@ def test_options_reach_the_plan():
         sample_er_sde(gaussian_model, x, SIGMAS, disable=True, noise_scaler="ode"),
         sample_er_sde(gaussian_model, x, SIGMAS, eta=0, **draw),
     )
+
+
+def test_a_window_of_noise():
+    """eta by the step: outside the window nothing is drawn, and the run is that of the plan."""
+    x, eta, drawn = start(), torch.tensor([0, 1, 0.5, 0, 0]), []
+
+    def sampler(sigma, sigma_next):
+        drawn.append(sigma.item())
+        return torch.ones_like(x)
+
+    result = sample_er_sde(gaussian_model, x, SIGMAS, disable=True, eta=eta, noise_sampler=sampler)
+    assert drawn == SIGMAS[1:3].tolist()
+    plan = er_sde_plan(SIGMAS, eta=[0, 1, 0.5, 0, 0])
+    assert torch.equal(result, sample_plan(plan, gaussian_model, x, disable=True, source=Source(lambda *_: torch.ones_like(x))))
 
 
 def test_two_sources_are_refused():

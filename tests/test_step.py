@@ -306,9 +306,11 @@ def test_a_shard_far_into_a_huge_sample(backend):
 
 SCALES = [None, 1.0, 3.5, torch.tensor([0.0, 7.5], dtype=torch.float64)]
 PROCESSES = {
-    "ve": er_sde_plan([9, 8, 6.5, 5, 4, 3, 0]),
-    "vp": er_sde_plan([0.99, 0.9, 0.8, 0.6, 0.5, 0.2, 0], process="vp", order=2),
-    "flow": er_sde_plan([1, 0.9, 0.8, 0.6, 0.6, 0.2, 0], process="flow", order=4, method="newton", noise_scaler="sde_2"),
+    "ve": er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], sigma_data=0.5),
+    "vp": er_sde_plan([0.99, 0.9, 0.8, 0.6, 0.5, 0.2, 0], process="vp", order=2, sigma_data=0.5),
+    "flow": er_sde_plan(
+        [1, 0.9, 0.8, 0.6, 0.6, 0.2, 0], process="flow", order=4, method="newton", noise_scaler="sde_2", sigma_data=0.5
+    ),
 }
 
 

@@ -52,19 +52,26 @@ def test_a_step(dtype, other, order, shape, source):
     st.sampled_from([(2,), (2, 5), (2, 1025), (2, 3, 7, 5), (2, 0)]),
     st.sampled_from(list(PREDICTION_TYPES)),
     st.sampled_from([None, 1.0, 3.5, torch.tensor([0.0, 7.5], dtype=torch.float64)]),
+    st.booleans(),
 )
-def test_from_a_models_output(dtype, other, order, shape, name, scale):
-    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=order, method="newton")
+def test_from_a_models_output(dtype, other, order, shape, name, scale, cfg_pp):
+    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=order, method="newton", sigma_data=0.5)
     g = torch.Generator().manual_seed(0)
     x, unconditional, *history = (torch.randn(shape, generator=g).to(other) for _ in range(order + 2))
     x = x.to(dtype)
-    kwargs = dict(prediction_type=name, guidance=None if scale is None else (unconditional, scale))
+    cfg_pp = cfg_pp and scale is not None
+    kwargs = dict(prediction_type=name, guidance=None if scale is None else (unconditional, scale), cfg_pp=cfg_pp)
     result, denoised = fast_step(plan, 4, x, history, seed=5, backend="triton", **kwargs)
     p_x, p_m = plan.predicting(name).rows[4].prediction
     for b in range(2):
         s = 1.0 if scale is None else scale if isinstance(scale, float) else scale[b].item()
         assert_sum_exact(denoised[b], [(p_x, x[b]), (p_m * s, history[0][b]), (p_m * (1 - s), unconditional[b])], x[b], ulps=5)
-    assert_step_exact(result, plan, 4, x, [denoised, *history[1:]], portable_noise(shape, 5, step=4))
+    noise = portable_noise(shape, 5, step=4)
+    if not cfg_pp:
+        return assert_step_exact(result, plan, 4, x, [denoised, *history[1:]], noise)
+    row = plan.predicting(name, True).rows[4]
+    terms = [(row.w_x, x), *zip(row.w_d, [denoised, *history[1:]], strict=False), (row.w_guide, unconditional)]
+    assert_sum_exact(result, [*terms, (row.w_noise, noise)], x, ulps=order + 4)
 
 
 @settings(max_examples=30, deadline=None)

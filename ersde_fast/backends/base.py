@@ -64,7 +64,7 @@ class Backend:
 
     def plan(self, sigmas: Tensor, alphas: Tensor | None, options: "PlanOptions") -> tuple[Tensor, Tensor]:
         """A plan's table, in which a step that cannot be is a row of NaN, and its levels [3, num_steps + 1]: sigmas, alphas,
-        er_lambdas. Where sigmas lie, without waiting for the device."""
+        er_lambdas. Where sigmas lie, without waiting for the device. eta of the options is a number, or float64 [num_steps] there."""
         raise NotImplementedError
 
 

@@ -66,7 +66,8 @@ class Compiled(Backend):
             source = {"generator": noise.generator, "torch_layout": list(noise.layout or ())}
         output = {}
         if request.output is not None:
-            output = {"predicts": True, "unconditional": request.output.unconditional, "scale": _whole(request.output.scale)}
+            unconditional, scale, cfg_pp = request.output
+            output = {"predicts": True, "unconditional": unconditional, "scale": _whole(scale), "cfg_pp": cfg_pp}
         i = tuple(map(_whole, request.i)) if isinstance(request.i, tuple) else request.i
         return self.kernels.step(
             table_for(request.plan, request.i, request.x), i, request.x, request.history, draws=request.draws,

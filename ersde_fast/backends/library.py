@@ -24,7 +24,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.autograd.profiler import record_function
 
-from ..table import W_D, W_NOISE
+from ..table import COUNTER, W_D, W_NOISE
 from .base import FLOATS
 
 VERSION = 1  # of csrc/er_sde_c.h
@@ -50,7 +50,7 @@ class PlanCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_steps", "order", "first_step", "integration_points")),
         *((name, ctypes.c_void_p) for name in ("sigmas", "alphas")),
         *((name, ctypes.c_int64) for name in ("sigmas_dtype", "alphas_dtype")),
-        ("orders", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("orders", "etas")),
         *((name, ctypes.c_char_p) for name in ("process", "scaler", "method")),
         *((name, ctypes.c_double) for name in ("strength", "node_scale", "s_noise", "guidance")),
         *((name, ctypes.c_void_p) for name in ("table", "schedule")),
@@ -124,7 +124,7 @@ class Library:
 
     def step(
         self, table, i, x, history, *, noise=None, generator=None, seed=None, draws=False, out=None, predicts=False,
-        unconditional=None, scale=None, ring=None, global_shape=None, global_start=None, torch_layout=None, trusted=False,
+        unconditional=None, scale=None, cfg_pp=False, ring=None, global_shape=None, global_start=None, torch_layout=None, trusted=False,
     ):  # fmt: skip
         """The next sample, or the pair of that and the prediction; None where the step is not a plain one of this device."""
         if type(x) not in PLAIN or not self.has(x) or not isinstance(history, (list, tuple)):
@@ -176,7 +176,7 @@ class Library:
 
         def call() -> bytes:
             return packed(
-                0, predictions, unconditional is not None, noise is not None, predicts, 0, bool(whole), *rows, scales, *ring_words,
+                0, predictions, unconditional is not None, noise is not None, predicts, cfg_pp, 0, bool(whole), *rows, scales, *ring_words,
                 *drawn, *map(id, inputs), *map(id, outputs), *whole,
             )  # fmt: skip
 
@@ -226,21 +226,24 @@ class Library:
 
     def fill(self, out: Tensor, drawn: tuple, step: int = 0) -> None:
         """Fills a contiguous tensor: a step of one term whose weight is 0, so that the kernels for one term serve."""
-        row = array("d", [step, 0, 0, 1, 0])
+        row = array("d", bytes(8 * W_D))
+        row[COUNTER], row[W_NOISE] = step, 1
         rows = (row.buffer_info()[0], 0, 0, len(row), 1, 1, 0, 0, 0)
-        self.run(packed(0, 0, 0, 0, 0, 1, 0, *rows, 0, *NO_RING, *drawn, id(out), id(out)), 0.0, out)
+        self.run(packed(0, 0, 0, 0, 0, 0, 1, 0, *rows, 0, *NO_RING, *drawn, id(out), id(out)), 0.0, out)
 
     def plan(self, sigmas: Tensor, alphas: Tensor | None, options, orders: Tensor | None) -> tuple[Tensor, Tensor]:
         num_steps, order, scaler = len(sigmas) - 1, max(options.orders), options.noise_scaler
         table = torch.empty(num_steps, W_D + order, dtype=torch.float64, device=sigmas.device)
         schedule = torch.empty(3, num_steps + 1, dtype=torch.float64, device=sigmas.device)
         sigmas, alphas = sigmas.contiguous(), None if alphas is None else alphas.contiguous()
+        etas = options.eta if isinstance(options.eta, Tensor) else None
         call = PlanCall(
             num_steps, order, options.first_step, options.integration_points or 0,
             sigmas.data_ptr(), 0 if alphas is None else alphas.data_ptr(),
             NUMBER[sigmas.dtype], 0 if alphas is None else NUMBER[alphas.dtype], 0 if orders is None else orders.data_ptr(),
+            0 if etas is None else etas.data_ptr(),
             *(str(name).encode() for name in (options.process, scaler.form, options.method)),
-            scaler.strength * (1 if options.eta is None else options.eta),
+            scaler.strength * (1 if etas is not None else options.eta),
             *(math.nan if value is None else value for value in (options.node_scale, options.s_noise)),
             -1 if options.guidance is None else options.guidance, table.data_ptr(), schedule.data_ptr(),
         )  # fmt: skip

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..backends.base import FLOATS
 from ..draw import portable_noise
+from ..files import safetensors_for, write_whole
 from ..noise import seed_table
 from ..plan import Plan
 from ..sample import Source, sample_plan
@@ -219,22 +220,14 @@ def _sample(model, plan, seeds, shape, extra_args, transform, dtype, device) -> 
     return x.cpu().contiguous()
 
 
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError('generate needs safetensors: pip install "ersde-fast[edm]"') from error
-    return safetensors.torch
-
-
 def _prepare(folder: Path, run: str, seeds: list[int]) -> set[int]:
     """Makes the folder ready, and says which seeds it holds."""
-    _safetensors()
+    safetensors_for("generate")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for partial in folder.glob(".*.partial"):
             partial.unlink()
-        _put(folder / ".writable", b"")
+        write_whole(folder / ".writable", b"")
         (folder / ".writable").unlink()
     except OSError as error:
         raise OSError(f"out_dir must be a folder that can be written, got {folder}: {error}") from None
@@ -277,7 +270,7 @@ def _read(path: Path, header_only: bool = False):
 
 def _write(path: Path, seeds: list[int], samples: Tensor, run: str) -> None:
     tensors = {"samples": samples, "seeds": seed_table(seeds, len(seeds))[:, 0].contiguous()}
-    _put(path, _safetensors().save(tensors, metadata={"run": run}))
+    write_whole(path, safetensors_for("generate").save(tensors, metadata={"run": run}))
 
 
 def _write_index(folder: Path, run: str, seeds: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -285,18 +278,4 @@ def _write_index(folder: Path, run: str, seeds: list[int], shape: tuple[int, ...
     if lacking := set(seeds) - {seed for held in files.values() for seed in held}:
         raise ValueError(f"{folder} has lost the sample of seed {min(lacking)}: call generate again")
     said = {"run": run, "shape": shape, "dtype": str(dtype), "seeds": seeds, "files": files}
-    _put(folder / INDEX, json.dumps(said).encode())
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, whatever ends the process or the machine."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, f"could not write {path}: {error.strerror}") from None
+    write_whole(folder / INDEX, json.dumps(said).encode())

@@ -27,6 +27,12 @@ OFFSET = 1e-4  # how far the built-in sampler moves the start of a flow off sigm
 SOLVERS = {"ER-SDE": "sde_5", "Reverse-time SDE": "sde", "ODE": "ode"}
 TORCH, PORTABLE = "ComfyUI's (torch)", "portable"
 BY_GUIDANCE = "by cfg"
+WINDOW = {
+    "min": 0.0,
+    "max": 1.0,
+    "step": 0.001,
+    "tooltip": "noise is added between these shares of the model's times, as SamplerSASolver's sde_start_percent and sde_end_percent",
+}
 SEARCHED = 256  # images of a batch whose numbers are found
 
 
@@ -45,6 +51,8 @@ def sample_er_sde_fast(
     method: str | None = None,
     node_scale: float | None = None,
     eta: float = 1.0,
+    noise_start: float = 0.0,
+    noise_end: float = 1.0,
     portable: bool = False,
     compatible: bool = False,
 ) -> Tensor:
@@ -54,6 +62,8 @@ def sample_er_sde_fast(
         model, x, sigmas, extra_args, callback, disable, s_noise, noise_sampler: ComfyUI's.
         noise_scaler, max_stage, method, node_scale, eta: see `ersde_fast.er_sde_plan`. Where none of order, method and node_scale
             is named, the model's cfg chooses them.
+        noise_start, noise_end: the window of the noise, as shares of the model's times from noise to data: a step whose end lies
+            outside has eta 0.
         portable: draws the portable stream at the run's seed and the image's number in its batch, the same bits on every
             machine; else the noise is what torch draws at the seed at which ComfyUI's own samplers draw theirs.
         compatible: the built-in er_sde again, to float32 rounding: its sums of 200 points and its start of flows off sigma 1.
@@ -64,6 +74,11 @@ def sample_er_sde_fast(
     flow = isinstance(model_sampling, comfy.model_sampling.CONST)
     if flow and compatible and sigmas[0] >= 1:
         sigmas = torch.cat([sigmas.new_tensor([model_sampling.percent_to_sigma(OFFSET)]), sigmas[1:]])
+    if not 0 <= noise_start <= noise_end <= 1:
+        raise ValueError(f"noise_start and noise_end must be from 0 to 1, in this order, got {noise_start} and {noise_end}")
+    if (noise_start, noise_end) != (0, 1):
+        first, last = map(model_sampling.percent_to_sigma, (noise_start, noise_end))
+        eta = [eta if last <= sigma <= first else 0.0 for sigma in sigmas[1:].tolist()]
     source, seed = {}, (extra_args or {}).get("seed")
     if portable:
         if seed is None or noise_sampler is not None:
@@ -180,16 +195,22 @@ class SamplerERSDEFast:
                         "tooltip": "the images of the built-in er_sde: its rule in the place of method and node_scale",
                     },
                 ),
-            }
+            },
+            "optional": {  # behind all others, which workflows that were saved before know by their place
+                "noise_start": ("FLOAT", WINDOW | {"default": 0.0}),
+                "noise_end": ("FLOAT", WINDOW | {"default": 1.0}),
+            },
         }
 
-    def get_sampler(self, solver_type, order, eta, s_noise, method, node_scale, noise, compatible):
+    def get_sampler(
+        self, solver_type, order, eta, s_noise, method, node_scale, noise, compatible, noise_start=0.0, noise_end=1.0
+    ):
         if compatible and noise != TORCH:
             raise ValueError(f"compatible needs {TORCH} noise, got {noise}")
         if compatible and order > 3:
             raise ValueError(f"compatible needs order 1 to 3, which the built-in er_sde has, got {order}")
         options = {"s_noise": s_noise, "noise_scaler": SOLVERS[solver_type], "max_stage": order, "eta": eta}
-        options |= {"portable": noise == PORTABLE, "compatible": compatible}
+        options |= {"noise_start": noise_start, "noise_end": noise_end, "portable": noise == PORTABLE, "compatible": compatible}
         if method == BY_GUIDANCE and not compatible:
             if (order, node_scale) != (ORDER, NODE_SCALE):
                 raise ValueError(

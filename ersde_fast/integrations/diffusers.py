@@ -16,14 +16,21 @@ try:
 except ImportError as error:
     raise ImportError('ERSDEScheduler needs diffusers: pip install "ersde-fast[diffusers]"') from error
 
-from ..choice import ORDER
 from ..plan import Plan, er_sde_plan
 from ..reference import linear_combination, prediction
 from ..request import ModelOutput, OutputArguments, checked
 from ..sample import with_newest
 from ..step import fast_step
 from .diffusers_arguments import ROUNDINGS, Drawn, clipped, for_batch, is_whole, numbers, place_in, without_numpy
-from .diffusers_configs import CHOSEN, check_that_they_are_read, known_keys, levels_class, saved, translated, without_rivals
+from .diffusers_configs import (
+    check_that_they_are_read,
+    known_keys,
+    levels_class,
+    plan_options,
+    saved,
+    translated,
+    without_rivals,
+)
 from .diffusers_levels import PREDICTION_TYPES, BetaLevels, EDMLevels, FlowLevels, is_spaced, training_alphas_cumprod
 
 CHOICES = {  # of keys
@@ -65,8 +72,11 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         snr_shift_scale: divides the signal-to-noise ratio of every level (CogVideoX).
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction", which makes the schedule a flow: alpha = 1 - sigma.
         solver_order: 1 to 5 ("newton") or 1 to 3 ("taylor"); None is 3, or what guidance_scale chooses.
-        noise_scaler, method, node_scale, integration_points, s_noise, eta: see `ersde_fast.er_sde_plan`.
+        noise_scaler, method, node_scale, integration_points, s_noise: see `ersde_fast.er_sde_plan`.
             With a stochastic noise_scaler a flow run from sigma 1 forgets its initial latent except through the first prediction.
+        eta: the strength of the noise scaler, or a list of it for each step of runs of that many, see `ersde_fast.er_sde_plan`.
+        eta_window: [start, end], shares of a run's steps from 0 to 1: step i has eta where start <= i / num_inference_steps < end, and 0
+            elsewhere.
         guidance_scale: the pipeline's, 1 for none, which it does not tell its scheduler: order and node_scale are chosen for it
             where none of solver_order, method, node_scale, integration_points and lower_order_final is set; see `guidance` of
             `ersde_fast.er_sde_plan`.
@@ -122,7 +132,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         node_scale: float | None = None,
         integration_points: int | None = None,
         s_noise: float = 1.0,
-        eta: float = 1.0,
+        eta: float | list[float] = 1.0,
+        eta_window: list[float] | None = None,
         guidance_scale: float | None = None,
         lower_order_final: bool = False,
         seed: int | list[int] | None = None,
@@ -164,7 +175,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         self._made_levels = self._read_config()
         if levels_of is None:
             check_that_they_are_read(self._not_default(self.config), self.config)
-        self._plan_of(torch.tensor([0.5, 0.25], dtype=torch.float64, device="cpu"))  # says what is wrong with the plan's keys
+        levels = torch.linspace(0.5, 0.25, np.size(self.config.eta) + 1, dtype=torch.float64, device="cpu")
+        self._plan_of(levels)  # says what is wrong with the plan's keys
         self.num_inference_steps = None
         self._drawn = Drawn()
         self._set_schedule(*self._levels_of.training(), None)
@@ -216,12 +228,6 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
     def _read_config(self):
         """What makes the levels of the config, which is checked, and the attributes of its training schedule."""
         config = self.config
-        named = [key for key in CHOSEN if config[key]]
-        if config.guidance_scale is not None and named:
-            raise ValueError(
-                f"guidance_scale={config.guidance_scale!r} chooses the order of each step, which {', '.join(named)} names too: "
-                f"leave out one or the other"
-            )
         for key, known in CHOICES.items():
             if config[key] not in known:
                 raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
@@ -347,17 +353,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         return (1 - levels if self.config.invert_sigmas else levels).float()
 
     def _plan_of(self, levels: Tensor) -> Plan:
-        config = self.config
-        num_steps = len(levels) - 1
-        order = config.solver_order
-        if config.lower_order_final:
-            order = [min(ORDER if order is None else order, num_steps - i) for i in range(num_steps)]
         alphas, sigmas = self._alphas_sigmas(levels)
-        return er_sde_plan(
-            sigmas, alphas, order=order, noise_scaler=config.noise_scaler, method=config.method,
-            node_scale=config.node_scale, integration_points=config.integration_points, s_noise=config.s_noise, eta=config.eta,
-            guidance=config.guidance_scale,
-        )  # fmt: skip
+        return er_sde_plan(sigmas, alphas, **plan_options(self.config, len(levels) - 1))
 
     def _take_plan(self, plan: Plan) -> None:
         """The plan of a run, and as numbers, which compiled code can hold, the factors of predictions that are clipped."""
@@ -375,7 +372,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"sigmas must stay a tensor of {len(self._levels)} levels, got {self.sigmas!r}: use set_timesteps(sigmas=)"
             )
-        written, shown = self.sigmas.to("cpu", torch.float64), self._shown(self._levels)
+        written, shown = self.sigmas.cpu().double(), self._shown(self._levels)
         if (written != shown.to(self.sigmas.dtype).double()).any():
             levels = 1 - written if self.config.invert_sigmas else written
             plan = self._plan_of(levels)

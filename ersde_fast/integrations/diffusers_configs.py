@@ -2,10 +2,12 @@
 
 import inspect
 import json
+from numbers import Real
 
 import diffusers
 from diffusers.configuration_utils import FrozenDict
 
+from ..choice import ORDER
 from .diffusers_levels import (
     BetaLevels,
     CosineLevels,
@@ -80,7 +82,7 @@ REFUSED = {
 }
 
 # Keys that the others do not have.
-OWN = ("noise_scaler", "method", "node_scale", "integration_points", "s_noise", "eta", "guidance_scale", "seed")
+OWN = ("noise_scaler", "method", "node_scale", "integration_points", "s_noise", "eta", "eta_window", "guidance_scale", "seed")
 CHOSEN = ("solver_order", "method", "node_scale", "integration_points", "lower_order_final")  # by guidance_scale, or named
 OF_SOLVERS = ("solver_order", "lower_order_final", "s_noise", "eta")  # read where they are not their class's default
 WRITTEN_LATER = ("sigma_min", "sigma_max", "sigma_data", "final_sigmas_type")  # by Cosmos Predict2's pipeline, into any config
@@ -97,6 +99,36 @@ def levels_class(config) -> type:
             name = "FlowMatchEulerDiscreteScheduler"
     _check_class(name)
     return LEVELS_OF[name][bool(config.use_flow_sigmas)]
+
+
+def plan_options(config, num_steps: int) -> dict:
+    """The keyword arguments of `er_sde_plan` in a config of ERSDEScheduler, for a run of that many steps."""
+    order, eta, window = config.solver_order, config.eta, config.eta_window
+    named = [key for key in CHOSEN if config[key]]
+    if config.guidance_scale is not None and named:
+        raise ValueError(
+            f"guidance_scale={config.guidance_scale!r} chooses the order of each step, which {', '.join(named)} names too: "
+            f"leave out one or the other"
+        )
+    if config.lower_order_final:
+        order = [min(ORDER if order is None else order, num_steps - i) for i in range(num_steps)]
+    if window is not None:
+        is_pair = isinstance(window, (list, tuple)) and len(window) == 2 and all(isinstance(share, Real) for share in window)
+        if not (is_pair and 0 <= window[0] <= window[1] <= 1):
+            raise ValueError(f"eta_window must be [start, end], shares from 0 to 1 in this order, got {window!r}")
+        if not isinstance(eta, Real):
+            raise ValueError(f"eta_window={window!r} needs an eta that is one number, got {eta!r}")
+        eta = [eta if window[0] <= i / num_steps < window[1] else 0.0 for i in range(num_steps)]
+    return {
+        "order": order,
+        "noise_scaler": config.noise_scaler,
+        "method": config.method,
+        "node_scale": config.node_scale,
+        "integration_points": config.integration_points,
+        "s_noise": config.s_noise,
+        "eta": eta,
+        "guidance": config.guidance_scale,
+    }
 
 
 def translated(config: dict, own_keys: set[str], levels_of: str | None, others: dict) -> dict:

@@ -39,13 +39,15 @@ def er_sde_sampler(
     method: str | None = None,
     node_scale: float | None = None,
     s_noise: float = 1.0,
-    eta: float = 1.0,
+    eta: float | Sequence[float] | Tensor = 1.0,
     guidance: float | None = None,
 ) -> Tensor:
     """In the place of EDM's `edm_sampler`, with its arguments.
 
     Args:
-        net: the network; `sigma_min`, `sigma_max` and `round_sigma` bound the levels.
+        net: the network; `sigma_min`, `sigma_max` and `round_sigma` bound the levels. Where it has `edm_output(x, sigma,
+            class_labels)`, the output of the network inside EDM's preconditioning, and `sigma_data`, the denoised images are made of
+            that in the step's own pass.
         latents: [batch, channels, height, width] standard normal.
         class_labels: [batch, label_dim], or None.
         randn_like: draws a step's noise from a tensor like it; with `seed` None and without it torch's own stream is drawn.
@@ -60,8 +62,11 @@ def er_sde_sampler(
     sigmas = karras_sigmas(num_steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho, net.round_sigma)
     if guidance is None and max_stage is None and method is None and node_scale is None:
         guidance = 1.0
+    output = getattr(net, "edm_output", None)
+    raw = {} if output is None else {"prediction_type": "edm", "sigma_data": net.sigma_data}
+    model = net if output is None else output
     return sample_er_sde(
-        lambda x, sigma: net(x, sigma, class_labels), sigmas[0].item() * latents, sigmas, disable=True, s_noise=s_noise,
+        lambda x, sigma: model(x, sigma, class_labels), sigmas[0].item() * latents, sigmas, disable=True, s_noise=s_noise, **raw,
         noise_sampler=None if randn_like is None else lambda sigma, sigma_next: randn_like(latents), noise_scaler=noise_scaler,
         max_stage=max_stage, method=method, node_scale=node_scale, eta=eta, guidance=guidance, seed=seed,
     )  # fmt: skip
