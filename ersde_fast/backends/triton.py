@@ -109,11 +109,11 @@ def _is_scale(scale) -> bool:
 
 def _are_plain(tensors: list[Tensor], x: Tensor) -> bool:
     """Whether they are contiguous tensors with elements, like x, that autograd does not follow."""
-    shape, device, grad = x.shape, x.get_device(), torch.is_grad_enabled()
+    shape, device, grad = x.shape, x.device, torch.is_grad_enabled()
     if x.numel() == 0 or len(shape) >= MAX_DIMS:
         return False
     for t in tensors:
-        if type(t) not in PLAIN or t.dtype not in FLOATS or t.shape != shape or t.get_device() != device:
+        if type(t) not in PLAIN or t.dtype not in FLOATS or t.shape != shape or t.device != device:
             return False
         if not t.is_contiguous() or t.is_neg() or (grad and t.requires_grad):
             return False
