@@ -36,6 +36,7 @@ def sample_er_sde(
     guidance: float | None = None,
     sigma_data: float | None = None,
     prediction_type: str | None = None,
+    cfg_pp: float | None = None,
     generator: torch.Generator | None = None,
     seed: Seed | None = None,
 ) -> Tensor:
@@ -58,6 +59,8 @@ def sample_er_sde(
             they nor a method are named; see `er_sde_plan`.
         prediction_type, sigma_data: what the model returns in the place of the denoised sample, see `fast_step`; the callback is then
             called after the step.
+        cfg_pp: the scale of CFG++ (arXiv 2406.08070), 0 to 1 in the paper: the model returns a pair, with the condition and without
+            it. The callback is called after the step, and is told the guided prediction.
         generator, seed: torch's stream or the portable stream for the noise; see `fast_step`.
 
     Returns:
@@ -81,7 +84,9 @@ def sample_er_sde(
         guidance=guidance,
         sigma_data=sigma_data,
     )
-    return sample_plan(plan, model, x, extra_args, callback, disable, Source(noise_sampler, generator, seed), prediction_type)
+    return sample_plan(
+        plan, model, x, extra_args, callback, disable, Source(noise_sampler, generator, seed), Output(prediction_type, cfg_pp)
+    )
 
 
 class Source(NamedTuple):
@@ -106,6 +111,33 @@ class Source(NamedTuple):
 DEFAULT = Source()
 
 
+class Output(NamedTuple):
+    """What a model returns, where that is not the denoised sample.
+
+    Attributes:
+        prediction_type: as in `fast_step`.
+        cfg_pp: the scale of CFG++, of a model that returns a pair: with the condition, and without it.
+    """
+
+    prediction_type: str | None = None
+    cfg_pp: float | None = None
+
+    def arguments(self, returned) -> tuple[Tensor, dict]:
+        """What a step takes for its newest prediction, and the arguments of `fast_step` that say what that is."""
+        if self.cfg_pp is None:
+            return returned, {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
+        if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+            raise TypeError(
+                f"model must return a pair for cfg_pp, with the condition and without it, got {type(returned).__name__}"
+            )
+        output, unconditional = returned
+        guidance = (unconditional, self.cfg_pp)
+        return output, {"prediction_type": self.prediction_type or "sample", "guidance": guidance, "cfg_pp": True}
+
+
+DENOISED = Output()
+
+
 def with_newest(denoised: Tensor, history: list[Tensor], plan: Plan) -> list[Tensor]:
     """The history with a prediction in front, and as long as the plan's steps may read."""
     return [denoised, *history[: plan.order - 1]]
@@ -125,24 +157,24 @@ def sample_plan(
     callback: Callable[[dict], None] | None = None,
     disable: bool | None = None,
     source: Source = DEFAULT,
-    prediction_type: str | None = None,
+    returns: Output = DENOISED,
 ) -> Tensor:
-    """The loop of `sample_er_sde` over a plan on the host. With a prediction_type that is what the model returns; the callback is
-    then called after the step, which makes the prediction."""
+    """The loop of `sample_er_sde` over a plan on the host. Where the step makes the prediction, the callback is called after it."""
     extra_args = {} if extra_args is None else extra_args
     levels = levels_of(plan, x)
     batches, sigmas = (levels[:, None] * levels.new_ones(x.shape[:1])).unbind(), levels.unbind()
     history: list[Tensor] = []
     for i in trange(plan.num_steps, disable=disable):
         seen = {"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i]}
-        history = with_newest(model(x, batches[i], **extra_args), history, plan)
-        if callback is not None and prediction_type is None:
-            callback({**seen, "denoised": history[0]})
+        newest, what = returns.arguments(model(x, batches[i], **extra_args))
+        history = with_newest(newest, history, plan)
+        if callback is not None and not what:
+            callback({**seen, "denoised": newest})
         noise = source.of_step(plan, i, sigmas[i], sigmas[i + 1])
-        if prediction_type is None:
+        if not what:
             x = fast_step(plan, i, x, history, **noise)
-        else:
-            x, history[0] = fast_step(plan, i, x, history, prediction_type=prediction_type, **noise)
-        if callback is not None and prediction_type is not None:
+            continue
+        x, history[0] = fast_step(plan, i, x, history, **what, **noise)
+        if callback is not None:
             callback({**seen, "denoised": history[0]})
     return x

@@ -186,6 +186,16 @@ def test_sampler_by_its_options():
     assert torch.equal(ode, sample("EPS", ours(solver_type="ODE")))
 
 
+@pytest.mark.parametrize("kind", ["EPS", "FLOW"])
+def test_cfg_pp(kind):
+    """At cfg 1 guidance does nothing, so the samples are the same; above it they differ."""
+    torch.testing.assert_close(
+        sample(kind, "er_sde_fast_cfg_pp", cfg=1.0), sample(kind, "er_sde_fast", cfg=1.0), rtol=1e-3, atol=1e-3
+    )
+    assert sample(kind, "er_sde_fast_cfg_pp", cfg=1.5).isfinite().all()
+    assert "er_sde_fast_cfg_pp" in comfy.samplers.KSampler.SAMPLERS
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_window_of_noise(kind):
     """The node's window by the model's own times: all of them, none, and the middle."""

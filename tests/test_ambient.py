@@ -118,7 +118,9 @@ def operators():
     """Steps by way of the operators, as they are traced."""
     return [
         ersde_fast.ops.STEP(PLAN.table, None, STEP, X, HISTORY, None, PAIRS, [], []),
-        ersde_fast.ops.STEP_FROM_OUTPUT(PLAN.predicting("v").table, None, STEP, X, HISTORY, OUTPUT, None, [], [], None, None),
+        ersde_fast.ops.STEP_FROM_OUTPUT(
+            PLAN.predicting("v").table, None, STEP, X, HISTORY, OUTPUT, None, [], [], None, None, False
+        ),
     ]
 
 

@@ -23,7 +23,12 @@ SCALES = [0.0, 0.6, 1.0, 7.5, torch.tensor([0.3, 2.0], dtype=torch.float64)]
 
 def inputs(order, dtype=torch.float64, shape=(2, 3, 7)):
     g = torch.Generator().manual_seed(0)
-    made = torch.randn(order + 3, *shape, generator=g, dtype=torch.float64).to(dtype).to(torch.empty(0).device).unbind()
+    made = (
+        torch.randn(order + 3, *shape, generator=g, dtype=torch.float64, device="cpu")
+        .to(dtype)
+        .to(torch.empty(0).device)
+        .unbind()
+    )
     return made[0], made[1], made[2], list(made[3 : order + 2]), made[-1]
 
 

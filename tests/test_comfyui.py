@@ -13,6 +13,8 @@ import pytest
 import torch
 from test_reference import denoise, golden_cases, scaler_of, tolerance
 
+from ersde_fast import sample_er_sde
+
 ROOT = Path(__file__).resolve().parent.parent
 CHECKOUT = os.environ.get("COMFYUI_CHECKOUT")
 # What the sampler does not need: torch is here already, the rest is for the web page, images, sounds and films.
@@ -39,10 +41,15 @@ def is_left_out(requirement):
     return any(name == left or (left.endswith("-") and name.startswith(left)) for left in LEFT_OUT)
 
 
+def with_post_cfg(options, function, disable_cfg1_optimization=False):
+    return {"post_cfg": function, "cfg1": not disable_cfg1_optimization, **options}
+
+
 @pytest.fixture
 def comfyui(monkeypatch):
     """The node package beside stand-ins for the parts of ComfyUI that it touches."""
     names = {"comfy": {}, "comfy.k_diffusion": {}, "comfy.k_diffusion.sampling": {}}
+    names["comfy.model_patcher"] = {"set_model_options_post_cfg_function": with_post_cfg}
     names["comfy.model_sampling"] = {"CONST": type("CONST", (), {})}
     names["comfy.samplers"] = {"KSAMPLER_NAMES": ["er_sde"], "SAMPLER_NAMES": ["er_sde"], "KSAMPLER": lambda f, o: (f, o)}
     for name, members in names.items():
@@ -178,6 +185,36 @@ def test_a_window_that_is_none_is_refused(comfyui, start, end):
         ValueError, match=f"noise_start and noise_end must be from 0 to 1, in this order, got {start} and {end}"
     ):
         noise_levels(comfyui, noise_start=start, noise_end=end)
+
+
+def test_cfg_pp_is_told_the_unconditional_prediction(comfyui):
+    """The steps by CFG++ of the model's guided prediction; its options are kept, and not written into."""
+    sigmas, x, options = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), torch.ones(1, 3), {"a patch": 7}
+
+    class Guided(Window):
+        def __call__(self, x, sigma, model_options, seed):
+            assert model_options["a patch"] == 7 and not model_options["cfg1"] and seed == 5
+            denoised, uncond = 0.5 * x, 0.3 * x
+            return model_options["post_cfg"]({"denoised": denoised, "uncond_denoised": uncond, "uncond": []})
+
+    seen = []
+    got = comfyui.k_diffusion_sampling.sample_er_sde_fast_cfg_pp(
+        Guided(), x, sigmas, {"model_options": options, "seed": 5}, callback=seen.append, disable=True
+    )
+    seed = torch.Generator().manual_seed(6)
+    expected = sample_er_sde(lambda x, sigma: (0.5 * x, 0.3 * x), x, sigmas, disable=True, generator=seed, cfg_pp=1.0)
+    assert torch.equal(got, expected) and options == {"a patch": 7} and len(seen) == 4
+    assert torch.equal(seen[0]["denoised"], 0.5 * x) and torch.equal(seen[0]["x"], x)
+    assert "er_sde_fast_cfg_pp" in comfyui.comfy.samplers.KSAMPLER_NAMES
+
+
+def test_cfg_pp_without_a_negative_condition_is_refused(comfyui):
+    class Unguided(Window):
+        def __call__(self, x, sigma, model_options):
+            return model_options["post_cfg"]({"denoised": x, "uncond_denoised": x, "uncond": None})
+
+    with pytest.raises(ValueError, match="er_sde_fast_cfg_pp needs a negative condition"):
+        comfyui.sample_er_sde_fast_cfg_pp(Unguided(), torch.ones(1, 3), torch.tensor([1.0, 0.5]), disable=True)
 
 
 @pytest.mark.parametrize(

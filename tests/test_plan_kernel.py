@@ -61,7 +61,7 @@ def assert_same_plan(plan, host):
     error = (plan.weights.cpu() - host.weights).abs()
     size = host.weights.abs().amax(1, keepdim=True)
     assert (error <= 1e-13 * size).all()
-    for name in PREDICTION_TYPES:
+    for name in PREDICTION_TYPES.keys() - {"edm"}:  # which needs the sigma_data of a plan that is told it
         fixed, expected = (of.predicting(name).table.cpu()[:, :W_NOISE] for of in (plan, host))
         torch.testing.assert_close(fixed, expected, rtol=1e-14, atol=0)
 

@@ -142,6 +142,35 @@ def test_a_window_of_noise():
     assert torch.equal(result, sample_plan(plan, gaussian_model, x, disable=True, source=Source(lambda *_: torch.ones_like(x))))
 
 
+def test_cfg_pp_of_a_model_that_returns_both():
+    """The loop of steps by CFG++; the callback is told the guided prediction."""
+    x, seen = start(), []
+    pair = lambda x, sigma: (gaussian_model(x, sigma), 0.5 * gaussian_model(x, sigma))  # noqa: E731
+    result = sample_er_sde(pair, x, SIGMAS, callback=seen.append, disable=True, seed=5, cfg_pp=0.6)
+    plan, history, y = er_sde_plan(SIGMAS), [], x
+    for i in range(plan.num_steps):
+        output, unconditional = pair(y, SIGMAS[i] * torch.ones(2))
+        step = {"prediction_type": "sample", "guidance": (unconditional, 0.6), "cfg_pp": True}
+        before, (y, denoised) = y, fast_step(plan, i, y, [output, *history], seed=5, **step)
+        history = [denoised, *history[: plan.order - 2]]
+        assert torch.equal(seen[i]["denoised"], denoised) and torch.equal(seen[i]["x"], before)
+    assert torch.equal(result, y)
+    with pytest.raises(TypeError, match="model must return a pair for cfg_pp, with the condition and without it, got Tensor"):
+        sample_er_sde(gaussian_model, x, SIGMAS, disable=True, seed=5, cfg_pp=0.6)
+
+
+def test_a_models_output_in_the_loop():
+    """The noise in the place of the denoised sample, and the raw output of EDM's networks."""
+    x = start().double()
+    expected = sample_er_sde(gaussian_model, x, SIGMAS.double(), disable=True, seed=5)
+    level = lambda sigma: sigma.view(-1, 1, 1, 1)  # noqa: E731
+    noise = lambda x, sigma: (x - gaussian_model(x, sigma)) / level(sigma)  # noqa: E731
+    raw = lambda x, s: (gaussian_model(x, s) - x / (1 + level(s) ** 2)) * (1 + level(s) ** 2).sqrt() / level(s)  # noqa: E731
+    for model, options in ((noise, {"prediction_type": "epsilon"}), (raw, {"prediction_type": "edm", "sigma_data": 1.0})):
+        got = sample_er_sde(model, x, SIGMAS.double(), disable=True, seed=5, **options)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_two_sources_are_refused():
     with pytest.raises(ValueError, match="noise_sampler and seed were given"):
         sample_er_sde(gaussian_model, start(), SIGMAS, noise_sampler=lambda a, b: None, seed=1)

@@ -38,7 +38,9 @@ FORMATS = [f"{count}q" for count in range(MOST_WORDS)]
 MASK = 2**64 - 1
 GRAIN = 32768  # elements a thread takes at least: below, waking it costs more than it saves
 NUMBER = {dtype: number for number, dtype in enumerate(FLOATS)}
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PRE_DISPATCH = DispatchKey.PreDispatch
+requires_grad = attrgetter("requires_grad")
 NAME = {"win32": "_kernels.dll", "darwin": "_kernels.dylib"}.get(sys.platform, "_kernels.so")
 REINSTALL = "reinstall ersde-fast"
 
@@ -144,15 +146,15 @@ class Library:
                 factor, scales = _scale(scale, x)
             if noise is not None:
                 inputs.append(noise)
-            grad = not trusted and torch.is_grad_enabled()
-            for tensor in inputs:
-                if type(tensor) not in PLAIN or tensor.is_neg() or (grad and tensor.requires_grad):
-                    return None
+            if not PLAIN.issuperset(map(type, inputs)) or any(map(Tensor.is_neg, inputs)):
+                return None
+            if not trusted and torch.is_grad_enabled() and any(map(requires_grad, inputs)):
+                return None
             drawn = NOTHING_DRAWN
             torch_stream = False
             if seed is not None:
                 if draws:
-                    drawn, _seeds = _portable(seed, x.device)
+                    drawn, _seeds = _portable(seed, x)
             elif noise is None:
                 check_generator(generator, x.device)
                 torch_stream = draws if not row else ctypes.c_double.from_address(row + 8 * W_NOISE).value != 0
@@ -221,7 +223,7 @@ class Library:
         return None
 
     def portable_noise(self, out: Tensor, seeds: Tensor, step: int) -> None:
-        drawn, _seeds = _portable(seeds, out.device)
+        drawn, _seeds = _portable(seeds, out)
         self.fill(out, drawn, step)
 
     def fill(self, out: Tensor, drawn: tuple, step: int = 0) -> None:
@@ -261,7 +263,9 @@ class Library:
 class CPULibrary(Library):
     """Large tensors are shared out over threads of Python: the library lets go of the interpreter."""
 
-    has = staticmethod(attrgetter("is_cpu"))
+    @staticmethod
+    def has(x):
+        return x.is_cpu
 
     def run(self, call, factor, x):
         if x.numel() <= GRAIN:
@@ -304,7 +308,7 @@ def packed(*words: int) -> bytes:
 
 def signed(word: int) -> int:
     """64 bits as a signed number."""
-    return (word + 2**63 & MASK) - 2**63
+    return word if 0 <= word < 2**63 else (word + 2**63 & MASK) - 2**63
 
 
 def is_unwatched() -> bool:
@@ -313,15 +317,18 @@ def is_unwatched() -> bool:
         _len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
         and peek_interpreter_stack() is None
-        and not _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
+        and not _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
     )
 
 
 def _rows(table: Tensor, i, x: Tensor, ring: Tensor | None) -> tuple[int, ...]:
     """The words from `row` to `index_stride`: see set_rows of binding.cpp."""
-    *num_plans, num_steps, columns = table.shape
-    if type(i) is int and ring is None and not num_plans and table.is_cpu and 0 <= i < num_steps:
+    if type(i) is int and ring is None and table.dim() == 2 and table.is_cpu:
+        num_steps, columns = table.shape
+        if not 0 <= i < num_steps:
+            raise NotPlain
         return (table.data_ptr() + 8 * columns * i, i, 0, columns, 1, num_steps, 0, 0, 0)
+    *num_plans, num_steps, columns = table.shape
     if isinstance(i, tuple):
         if len(i) != 2 or not num_plans or table.device != x.device:
             raise NotPlain
@@ -371,13 +378,13 @@ def _scale(scale, x: Tensor) -> tuple[float, int]:
     return float(scale), 0
 
 
-def _portable(seed, device: torch.device) -> tuple[tuple[int, ...], Tensor | None]:
+def _portable(seed, x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
     """The words of the portable stream, and the table that they point to."""
     if type(seed) is int:
         return (PORTABLE, 0, signed(seed), 0, 0), None
     if type(seed) not in PLAIN:
         raise NotPlain
-    seed = seed.to(device, non_blocking=True).contiguous()
+    seed = seed.to(x.device, non_blocking=True).contiguous()
     return (PORTABLE, seed.data_ptr(), 0, 0, 0), seed
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 try:
+    import comfy.model_patcher
     import comfy.model_sampling
     import comfy.samplers
     from comfy.k_diffusion import sampling as k_diffusion_sampling
@@ -55,6 +56,7 @@ def sample_er_sde_fast(
     noise_end: float = 1.0,
     portable: bool = False,
     compatible: bool = False,
+    cfg_pp: bool = False,
 ) -> Tensor:
     """`sample_er_sde` as a ComfyUI sampler: asks the model for its schedule, and for the seed of the run.
 
@@ -67,6 +69,8 @@ def sample_er_sde_fast(
         portable: draws the portable stream at the run's seed and the image's number in its batch, the same bits on every
             machine; else the noise is what torch draws at the seed at which ComfyUI's own samplers draw theirs.
         compatible: the built-in er_sde again, to float32 rounding: its sums of 200 points and its start of flows off sigma 1.
+        cfg_pp: the steps by CFG++, as the built-in samplers of that name: at the model's cfg, from its prediction and its
+            unconditional one.
     """
     if len(sigmas) < 2:
         return x
@@ -89,13 +93,43 @@ def sample_er_sde_fast(
     elif seed is not None:
         seed += x.device.type == "cpu"  # ComfyUI's latents come from the CPU's generator at the seed itself
         source = {"generator": torch.Generator(x.device).manual_seed(seed % 2**64)}
+    called = (model, extra_args)
+    if cfg_pp:
+        source["cfg_pp"] = 1.0  # the model's prediction is guided already
+        called = (with_unconditional(model, extra_args or {}), None)
     named = compatible or any(value is not None for value in (max_stage, method, node_scale))
     return sample_er_sde(
-        model, x, sigmas, extra_args, callback, disable, s_noise * getattr(model_sampling, "noise_scale", 1.0),
+        called[0], x, sigmas, called[1], callback, disable, s_noise * getattr(model_sampling, "noise_scale", 1.0),
         noise_scaler=noise_scaler, max_stage=max_stage, process="flow" if flow else "ve", method=method, node_scale=node_scale,
         integration_points=200 if compatible else None, eta=eta, guidance=None if named else guidance_of(model.inner_model),
         **source,
     )  # fmt: skip
+
+
+def with_unconditional(model, extra_args: dict):
+    """A model of (x, sigma) to the pair of its prediction, guided at its own cfg, and the unconditional one."""
+    seen = {}
+
+    def post_cfg(args: dict) -> Tensor:
+        if args.get("uncond") is None:
+            raise ValueError(f"{NAME}_cfg_pp needs a negative condition, which this guider does not have: use {NAME}")
+        seen["unconditional"] = args["uncond_denoised"]
+        return args["denoised"]
+
+    options = comfy.model_patcher.set_model_options_post_cfg_function(
+        extra_args.get("model_options", {}).copy(), post_cfg, disable_cfg1_optimization=True
+    )
+
+    def both(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        denoised = model(x, sigma, **{**extra_args, "model_options": options})
+        return denoised, seen.pop("unconditional")
+
+    return both
+
+
+def sample_er_sde_fast_cfg_pp(*args, **kwargs) -> Tensor:
+    """`sample_er_sde_fast` with the steps by CFG++."""
+    return sample_er_sde_fast(*args, **kwargs, cfg_pp=True)
 
 
 def guidance_of(guider) -> float | None:
@@ -224,11 +258,12 @@ class SamplerERSDEFast:
 
 
 def register() -> None:
-    """Puts the sampler into ComfyUI's lists, once."""
-    setattr(k_diffusion_sampling, f"sample_{NAME}", sample_er_sde_fast)
-    for names in (comfy.samplers.KSAMPLER_NAMES, comfy.samplers.SAMPLER_NAMES):
-        if NAME not in names:
-            names.append(NAME)
+    """Puts the samplers into ComfyUI's lists, once."""
+    for name, function in ((NAME, sample_er_sde_fast), (f"{NAME}_cfg_pp", sample_er_sde_fast_cfg_pp)):
+        setattr(k_diffusion_sampling, f"sample_{name}", function)
+        for names in (comfy.samplers.KSAMPLER_NAMES, comfy.samplers.SAMPLER_NAMES):
+            if name not in names:
+                names.append(name)
 
 
 NODE_CLASS_MAPPINGS = {"SamplerERSDEFast": SamplerERSDEFast}
