@@ -11,6 +11,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from ersde_fast import er_sde_plan, fast_step, stack_plans
+from ersde_fast.backends import CUDA, TRITON, kernels_for
 from ersde_fast.kernels import er_sde_step as kernel
 
 PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=3)
@@ -175,6 +176,16 @@ def test_few_are_kept(stub, monkeypatch):
     for size in (16, 32, 48):
         kernel.launch(*call((1, size)))
     assert len(kernel.LAUNCHES) == 1
+
+
+def test_who_is_asked_at_once(monkeypatch):
+    kernels, x = object(), torch.zeros(2).as_subclass(OnDevice)
+    monkeypatch.setattr(TRITON, "kernels", kernels)
+    monkeypatch.setattr(CUDA, "why_no_kernels", None)
+    assert kernels_for(x, None) is None  # nobody has tried yet whether CUDA's kernels can be compiled
+    monkeypatch.setattr(CUDA, "why_no_kernels", "there is no compiler")
+    assert kernels_for(x, None) is kernels and kernels_for(torch.zeros(2), None) is None
+    assert kernels_for(x, "triton") is kernels and kernels_for(x, "cuda") is None and kernels_for(x, "reference") is None
 
 
 @pytest.mark.gpu

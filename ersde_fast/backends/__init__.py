@@ -14,7 +14,7 @@ from .compiled import CPU, CUDA
 from .reference import REFERENCE
 from .triton import TRITON
 
-__all__ = ["BACKENDS", "CPU", "CUDA", "MAX_DIMS", "Backend", "available_backends", "choose", "kernels_for"]
+__all__ = ["BACKENDS", "CPU", "CUDA", "MAX_DIMS", "TRITON", "Backend", "available_backends", "choose", "kernels_for"]
 
 BACKENDS: list[Backend] = [CUDA, TRITON, CPU, REFERENCE]
 

@@ -68,8 +68,10 @@ class TritonKernels:
         """The next sample, or the pair of that and the prediction; None where the step is not a plain one. cfg_pp is told by the table."""
         if type(x) not in PLAIN or not (x.is_cuda or self.module.INTERPRETED) or out is not None or not is_unwatched():
             return None
-        num_steps, *_, width = table.shape
-        if type(i) is not int or table.dim() != 2 or not table.is_cpu or not 0 <= i < num_steps:
+        if type(i) is not int or table.dim() != 2 or not table.is_cpu:
+            return None
+        num_steps, width = table.shape
+        if not 0 <= i < num_steps:
             return None
         if (noise is not None) + (generator is not None) + (seed is not None) > 1 or not isinstance(history, (list, tuple)):
             return None
