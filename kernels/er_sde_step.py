@@ -1,9 +1,9 @@
 """The fused step in Triton, for GPUs where the CUDA extension was not built (no nvcc; ROCm; XPU).
 
 The same linear combination with the same noise sources as csrc/er_sde_step.cu, its weights given as numbers, or read from the
-plan's table in the memory of the device. A program owns TURNS blocks of BLOCK neighbouring elements of one sample (portable noise: whole groups of
-four), or BLOCK neighbouring subsequences of torch's stream, each of which serves four places `threads` elements apart. It reads
-before it draws, so that memory works meanwhile. Tensors are contiguous here: the wrapper copies those that are not.
+plan's table in the memory of the device. A program owns TURNS blocks of BLOCK neighbouring elements of one sample (portable
+noise: whole groups of four), or BLOCK neighbouring subsequences of torch's stream, each of which serves four places `threads`
+elements apart. It reads before it draws, so that memory works meanwhile. Tensors are contiguous here: the wrapper copies those that are not.
 """
 
 import functools
@@ -254,8 +254,8 @@ def weight(row, k, exists, ORDER: tl.constexpr):
     return tl.full([], 0.0, tl.float64)
 
 
-# The addresses and integers that no access of a vector depends on: another of them must not mean another kernel. A size or a number
-# of threads that 16 divides makes the accesses wide.
+# Addresses and integers that no vector's place depends on: another of them must not mean another kernel. A size or a number of
+# threads that 16 divides makes the accesses wide.
 @triton.jit(
     do_not_specialize=["samples", "num_plans", "num_steps", "seed", "torch_offset", "counter"],
     do_not_specialize_on_alignment=["seeds", "table", "plan_index", "step_index", "scales"],
@@ -271,7 +271,7 @@ def er_sde_step(
 ):  # fmt: skip
     """Grid: blocks of a sample times samples, size = elements of a sample; torch's stream: (blocks, turns), size = all elements.
 
-    The row: INDEXED 0, counter to w4; in the table 1, the first; 2, step_index[0]; 3, [plan_index[b], step_index[b]] for sample b.
+    The row: INDEXED 0, counter to w4; of the table 1, the first; 2, step_index[0]; 3, for sample b [plan_index[b], step_index[b]].
     """
     blocks = tl.cdiv(size, BLOCK * TURNS).to(tl.int32)  # the grid has 31 bits; dividing 64 would be most of a small program
     b = tl.full([], 0, tl.int32)
@@ -454,8 +454,8 @@ class Launch(NamedTuple):
     constants: tuple
 
 
-# By a form, which is the shape and all else that Triton compiles another kernel for: launches past its binder, which takes the host
-# five times as long. How a CompiledKernel is run is not documented; it was read for these versions, and others take the binder.
+# Launches past Triton's binder, which takes the host several times as long, by their form: the shape, and all else that Triton
+# compiles another kernel for. How a CompiledKernel is run is not documented; these versions were read, others take the binder.
 LAUNCHES: dict[tuple, Launch] = {}
 MOST_LAUNCHES = 4096
 IS_KNOWN = tuple(triton.__version__.split(".")[:2]) in [("3", "6"), ("3", "7"), ("3", "8"), ("3", "9")]

@@ -25,7 +25,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 def kernels_for(x, name: str | None) -> Any:
-    """What answers a plain step of x at once, where the compiled kernels were not built or another backend is named; or None."""
+    """What answers a plain step of x at once, where no compiled kernels are or another backend is named; or None."""
     if name == TRITON.name or (name is None and CUDA.why_no_kernels is not None and getattr(x, "is_cuda", False)):
         return TRITON.kernels
     return None

@@ -65,7 +65,7 @@ class TritonKernels:
         self, table, i, x, history, *, noise=None, generator=None, seed=None, draws=False, out=None, predicts=False,
         unconditional=None, scale=None, cfg_pp=False,
     ):  # fmt: skip
-        """The next sample, or the pair of that and the prediction; None where the step is not a plain one. cfg_pp is told by the table."""
+        """The next sample, or the pair of that and the prediction; None where the step is not plain. The table tells cfg_pp."""
         if type(x) not in PLAIN or not (x.is_cuda or self.module.INTERPRETED) or out is not None or not is_unwatched():
             return None
         if type(i) is not int or table.dim() != 2 or not table.is_cpu:
