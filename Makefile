@@ -40,8 +40,9 @@ lint: env
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# A process a core: modules that compile for long keep to one of them.
 test: env $(if $(PYTHON),,lint)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 # The CPU kernels and the binding under the sanitizers of addresses and undefined behaviour, then of threads. OpenMP's own threads
 # are not instrumented, so the last sees Python's threads alone; a leak is looked for in test_threads.py.

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and safetensors, which not everybody has installed."""
 
 import os
+import threading
 from pathlib import Path
 
 
@@ -10,7 +11,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: naming the file.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(content)

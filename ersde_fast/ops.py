@@ -29,7 +29,9 @@ SCHEMA = (
 )
 LIBRARY = torch.library.Library("ersde_fast", "DEF")
 LIBRARY.define("step" + SCHEMA.format("", "Tensor"))
-LIBRARY.define("step_from_output" + SCHEMA.format(", Tensor? unconditional, Tensor? scale, bool cfg_pp", "(Tensor, Tensor)"))
+LIBRARY.define(
+    "step_from_output" + SCHEMA.format(", Tensor? unconditional, Tensor? scale, bool cfg_pp=False", "(Tensor, Tensor)")
+)
 STEP = torch.ops.ersde_fast.step.default
 STEP_FROM_OUTPUT = torch.ops.ersde_fast.step_from_output.default
 
@@ -131,7 +133,10 @@ class Call(NamedTuple):
 
     def arguments(self, operator) -> list:
         """In the schema's order."""
-        arguments = [getattr(self, name) for name in IN_ORDER]
+        arguments = [
+            *(getattr(self, name) for name in IN_ORDER[:-1]),
+            bool(self.cfg_pp),
+        ]  # which is not told where it is the default
         return arguments if operator is STEP_FROM_OUTPUT else arguments[: -len(OF_OUTPUT)]
 
     def linear(self) -> list:
@@ -161,7 +166,7 @@ def _kernel(operator, *arguments):
     output = None
     if operator is STEP_FROM_OUTPUT:
         one = call.scale is not None and call.scale.dim() == 0
-        output = ModelOutput(call.unconditional, call.scale.item() if one else call.scale, call.cfg_pp)
+        output = ModelOutput(call.unconditional, call.scale.item() if one else call.scale, bool(call.cfg_pp))
     request = StepRequest(plan, i, call.x, call.history, noise, draws, output)
     return choose(request).run(request)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import ops
-from .backends import CPU, CUDA, choose
+from .backends import CPU, CUDA, choose, kernels_for
 from .backends.reference import REFERENCE
 from .log_prob import Reduction, check_log_prob, check_reduction, log_prob
 from .noise import Seed, TorchStream, seeds_of
@@ -107,7 +107,9 @@ def fast_step(
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
     whole = global_shape is None and global_start is None and torch_layout is None
     kernel = (CUDA if getattr(x, "is_cuda", False) else CPU).kernels
-    if kernel is not None and backend is None and whole and not return_log_prob and log_prob_reduction == "sum":
+    if kernel is None or backend is not None:
+        kernel = kernels_for(x, backend)
+    if kernel is not None and whole and not return_log_prob and log_prob_reduction == "sum":
         result, table = None, getattr(plan, "table", None)
         if prediction_type is None and guidance is None and cfg_pp is False:
             if table is not None:

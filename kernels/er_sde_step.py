@@ -1,13 +1,15 @@
 """The fused step in Triton, for GPUs where the CUDA extension was not built (no nvcc; ROCm; XPU).
 
-The same linear combination with the same noise sources as csrc/er_sde_step.cu, its weights read from the plan's table in the
-memory of the device. A program owns TURNS blocks of BLOCK neighbouring elements of one sample (portable noise: whole groups of
-four), or BLOCK neighbouring subsequences of torch's stream, each of which serves four places `threads` elements apart. It reads
-before it draws, so that memory works meanwhile. Tensors are contiguous here: the wrapper copies those that are not.
+The same linear combination with the same noise sources as csrc/er_sde_step.cu, its weights given as numbers, or read from the
+plan's table in the memory of the device. A program owns TURNS blocks of BLOCK neighbouring elements of one sample (portable
+noise: whole groups of four), or BLOCK neighbouring subsequences of torch's stream, each of which serves four places `threads`
+elements apart. It reads before it draws, so that memory works meanwhile. Tensors are contiguous here: the wrapper copies those that are not.
 """
 
 import functools
 import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +29,7 @@ NO_NOISE, PORTABLE, TORCH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 COUNTER, P_X, P_M = tl.constexpr(columns.COUNTER), tl.constexpr(columns.P_X), tl.constexpr(columns.P_M)
 W_GUIDE, W_NOISE = tl.constexpr(columns.W_GUIDE), tl.constexpr(columns.W_NOISE)
 W_X, W_D = tl.constexpr(columns.W_X), tl.constexpr(columns.W_D)
+NVIDIA = not INTERPRETED and torch.version.cuda is not None
 # The interpreter rounds tl.fma twice and has no libdevice.
 EXACT = tl.constexpr(INTERPRETED)
 
@@ -251,58 +254,59 @@ def weight(row, k, exists, ORDER: tl.constexpr):
     return tl.full([], 0.0, tl.float64)
 
 
-@triton.jit(do_not_specialize=["seed", "torch_offset"])
+# Addresses and integers that no vector's place depends on: another of them must not mean another kernel. A size or a number of
+# threads that 16 divides makes the accesses wide.
+@triton.jit(
+    do_not_specialize=["samples", "num_plans", "num_steps", "seed", "torch_offset", "counter"],
+    do_not_specialize_on_alignment=["seeds", "table", "plan_index", "step_index", "scales"],
+)
 def er_sde_step(
-    x, h0, h1, h2, h3, h4, guide, noise, out, denoised, seeds, table, plan_index, step_index, scales, size, samples,
-    num_plans: "i64", num_steps: "i64", scale: "fp64", seed: "u64", torch_offset: "i64", torch_threads: "i64",
+    x, h0, h1, h2, h3, h4, guide, noise, out, denoised, seeds, table, plan_index, step_index, scales,
+    size: "i64", samples: "i32", num_plans: "i64", num_steps: "i64", scale: "fp64", seed: "u64", torch_offset: "i64",
+    torch_threads: "i64", counter: "i64", p_x: "fp64", p_m: "fp64", w_u: "fp64", w_noise: "fp64", w_x: "fp64",
+    w0: "fp64", w1: "fp64", w2: "fp64", w3: "fp64", w4: "fp64",
     ORDER: tl.constexpr, GIVEN: tl.constexpr, INDEXED: tl.constexpr, PREDICTS: tl.constexpr, GUIDED: tl.constexpr,
     HAS_NOISE: tl.constexpr, SOURCE: tl.constexpr, HAS_SEEDS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     TURNS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of a sample times samples, size = elements of a sample; torch's stream: (blocks, turns), size = all elements.
 
-    The row: INDEXED 0, the table's first; 1, step_index[0]; 2, [plan_index[b], step_index[b]] for sample b.
+    The row: INDEXED 0, counter to w4; of the table 1, the first; 2, step_index[0]; 3, for sample b [plan_index[b], step_index[b]].
     """
     blocks = tl.cdiv(size, BLOCK * TURNS).to(tl.int32)  # the grid has 31 bits; dividing 64 would be most of a small program
     b = tl.full([], 0, tl.int32)
-    if SOURCE != TORCH and samples > 1:
-        b = tl.program_id(0) // blocks
-    at = tl.full([], 0, tl.int64)
-    exists = at >= 0
+    if SOURCE != TORCH:
+        if samples > 1:
+            b = tl.program_id(0) // blocks
     if INDEXED > 0:
-        at = tl.load(step_index + (b if INDEXED == 2 else 0))
-        exists = (at >= 0) & (at < num_steps)
-    if INDEXED == 2:
-        plan = tl.load(plan_index + b)
-        exists = exists & (plan >= 0) & (plan < num_plans)
-        at += plan * num_steps
-    row = table + at * (W_D + ORDER)
-    for k in tl.static_range(GIVEN, ORDER):  # predictions that the step uses but was not given
-        exists = exists & (column(row, W_D + k, exists) == 0)
-    w_x, w_noise = column(row, W_X, exists), column(row, W_NOISE, exists)
-    w0, w1, w2 = weight(row, 0, exists, ORDER), weight(row, 1, exists, ORDER), weight(row, 2, exists, ORDER)
-    w3, w4 = weight(row, 3, exists, ORDER), weight(row, 4, exists, ORDER)
-    p_x = tl.full([], 0.0, tl.float64)
-    p_m = p_x
-    p_u = p_x
-    w_u = p_x
-    if GUIDED > 0:
-        w_u = column(row, W_GUIDE, exists)
-    if PREDICTS:
+        at = tl.full([], 0, tl.int64)
+        exists = at >= 0
+        if INDEXED > 1:
+            at = tl.load(step_index + (b if INDEXED == 3 else 0))
+            exists = (at >= 0) & (at < num_steps)
+        if INDEXED == 3:
+            plan = tl.load(plan_index + b)
+            exists = exists & (plan >= 0) & (plan < num_plans)
+            at += plan * num_steps
+        row = table + at * (W_D + ORDER)
+        for k in tl.static_range(GIVEN, ORDER):  # predictions that the step uses but was not given
+            exists = exists & (column(row, W_D + k, exists) == 0)
+        w_u, w_noise, w_x = column(row, W_GUIDE, exists), column(row, W_NOISE, exists), column(row, W_X, exists)
+        w0, w1, w2 = weight(row, 0, exists, ORDER), weight(row, 1, exists, ORDER), weight(row, 2, exists, ORDER)
+        w3, w4 = weight(row, 3, exists, ORDER), weight(row, 4, exists, ORDER)
         p_x, p_m = column(row, P_X, exists), column(row, P_M, exists)
-        if GUIDED == 1:
-            p_u = p_m * (1 - scale)
-            p_m = p_m * scale
-        if GUIDED == 2:
-            own = tl.load(scales + b)
-            p_u = p_m * (1 - own)
-            p_m = p_m * own
+        counter = tl.load(row + COUNTER, mask=exists, other=0.0).to(tl.int64)
+    p_u = 0.0
+    if GUIDED > 0:  # tl.full, since the interpreter makes a float32 of a number
+        scale = tl.load(scales + b) if GUIDED == 2 else tl.full([], scale, tl.float64)
+        p_u = p_m * (1 - scale)
+        p_m = p_m * scale
     if SOURCE == PORTABLE:
         seed, sample = seed.to(tl.uint64), b.to(tl.int64)
         if HAS_SEEDS:
             seed = tl.load(seeds + 2 * b).to(tl.uint64, bitcast=True)
             sample = tl.load(seeds + 2 * b + 1)
-        step = tl.load(row + COUNTER, mask=exists, other=0.0).to(tl.int64).to(tl.uint32)
+        step = counter.to(tl.uint32)
     tensors = x, h0, h1, h2, h3, h4, guide, noise
     EACH: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth  # neighbours that a thread reads at once
     GROUPS: tl.constexpr = EACH // 4 if EACH > 4 else 1
@@ -319,8 +323,8 @@ def er_sde_step(
         mask = (s < torch_threads) & (e < size)
         terms = read_terms(tensors, e, mask, weights, GIVEN, PREDICTS, GUIDED > 0, HAS_NOISE)
         n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK // EACH) * EACH
-        counter = (torch_offset // 4 + turn).to(tl.uint64)
-        z0, z1, z2, z3 = normals(n, seed, counter, 0, EACH, 1, SOURCE, NVIDIA)
+        drawn = (torch_offset // 4 + turn).to(tl.uint64)
+        z0, z1, z2, z3 = normals(n, seed, drawn, 0, EACH, 1, SOURCE, NVIDIA)
         for place in tl.static_range(4):
             z = z0 if place == 0 else z1 if place == 1 else z2 if place == 2 else z3
             z = z.to(out.dtype.element_ty)  # torch rounds the noise itself
@@ -364,11 +368,9 @@ def compile_options(block: int) -> dict:
 
 def step(request: StepRequest):
     """Launches the kernel for a step whose noise is a tensor or is drawn here."""
-    x, out, draws = request.x, request.out, request.draws
+    x, out = request.x, request.out
     predicts = request.output is not None
     unconditional, scale, _ = request.output if predicts else (None, None, False)
-    noise = request.noise if isinstance(request.noise, Tensor) else None
-    seeds = request.noise.seeds if isinstance(request.noise, Portable) else None
     next_sample = torch.empty_like(x) if out is None else out
     denoised = torch.empty_like(x) if predicts else None
     if x.numel() == 0:
@@ -376,38 +378,17 @@ def step(request: StepRequest):
     contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
     result = next_sample if next_sample.is_contiguous() else contiguous(next_sample)
     predicted = denoised if denoised is None or denoised.is_contiguous() else contiguous(denoised)
-    table, plan_index, step_index = rows(request.plan.to(x.device).table, request.i, x.device)
-    order = request.plan.order
-    history = [d.contiguous() for d in request.history[:order]]
-    own_scale = isinstance(scale, Tensor)
-    read = [x, *history, *(t for t in (noise, unconditional) if t is not None)]
-    own_seeds = isinstance(seeds, Tensor)
-    samples, size, source, offset, threads = 1, x.numel(), NO_NOISE.value, 0, 1
-    seed = 0 if seeds is None or own_seeds else seeds
-    if draws and noise is None and seeds is None:
-        source = TORCH.value
-        seed, offset, threads = take_torch_stream(x, request.noise.generator)
-    else:
-        source = NO_NOISE.value if seeds is None or not draws or noise is not None else PORTABLE.value
-        if source == PORTABLE.value or plan_index is not None or own_scale:
-            samples = x.shape[0] if x.dim() else 1
-            size //= samples
-    block, turns = blocks_of(source, x.element_size(), samples, size)
-    if source == TORCH.value:
-        grid = (triton.cdiv(threads, block), triton.cdiv(size, 4 * threads))
-    else:
-        grid = (triton.cdiv(size, block * turns) * samples,)
-    er_sde_step[grid](
-        x.contiguous(), *(history + [x] * 5)[:5], x if unconditional is None else unconditional.contiguous(),
-        x if noise is None else noise.contiguous(), result, result if predicted is None else predicted,
-        seeds.to(x.device, non_blocking=True) if own_seeds else x, table, table if plan_index is None else plan_index,
-        table if step_index is None else step_index, scale if own_scale else table, size, samples,
-        table.shape[0] if table.dim() == 3 else 1, table.shape[-2], 1.0 if own_scale or scale is None else float(scale),
-        seed % 2**64, offset, threads,
-        ORDER=order, GIVEN=len(history), INDEXED=0 if step_index is None else 1 if plan_index is None else 2, PREDICTS=predicts,
-        GUIDED=0 if unconditional is None else 2 if own_scale else 1, HAS_NOISE=noise is not None, SOURCE=source,
-        HAS_SEEDS=own_seeds, WIDE=any(t.dtype == torch.float64 for t in read), BLOCK=block, TURNS=turns,
-        NVIDIA=not INTERPRETED and torch.version.cuda is not None, **compile_options(block),
+    noise, drawn = None, NOTHING_DRAWN
+    if isinstance(request.noise, Tensor):
+        noise = request.noise.contiguous()
+    elif request.draws and isinstance(request.noise, Portable):
+        drawn = portable(request.noise.seeds, x)
+    elif request.draws:
+        drawn = take_torch_stream(x, request.noise.generator)
+    launch(
+        x.contiguous(), [d.contiguous() for d in request.history[: request.plan.order]],
+        None if unconditional is None else unconditional.contiguous(), noise, (result, predicted),
+        row_of(request.plan, request.i, x.device), scale, drawn,
     )  # fmt: skip
     next_sample = next_sample if result is next_sample else next_sample.copy_(result)
     if not predicts:
@@ -415,28 +396,160 @@ def step(request: StepRequest):
     return next_sample, denoised if predicted is denoised else denoised.copy_(predicted)
 
 
-def rows(table: Tensor, i, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The table on the device, and the indices that the kernel reads there; without any the step's row is the first."""
+class Drawn(NamedTuple):
+    """The noise that the kernel draws.
+
+    Attributes:
+        source: NO_NOISE, PORTABLE or TORCH.
+        seed: 64 bits; of the portable stream where `seeds` is None.
+        seeds: int64 [batch, 2] where the samples differ.
+        offset, threads: of torch's stream. Another number of threads than a multiple of 256 would be another kernel.
+    """
+
+    source: int
+    seed: int = 0
+    seeds: Tensor | None = None
+    offset: int = 0
+    threads: int = 256
+
+
+NOTHING_DRAWN = Drawn(NO_NOISE.value)
+
+
+def portable(seeds: int | Tensor, x: Tensor) -> Drawn:
+    if isinstance(seeds, Tensor):
+        return Drawn(PORTABLE.value, seeds=seeds.to(x.device, non_blocking=True).contiguous())
+    return Drawn(PORTABLE.value, seeds % 2**64)
+
+
+def row_of(plan: columns.Table, i, device: torch.device) -> Sequence[float] | tuple[Tensor, Tensor | None, Tensor | None]:
+    """A step's row as numbers where the host has them; else the table and the indices (plan, step) that the kernel reads, which
+    without them is the table's first row."""
     if isinstance(i, tuple):
-        return table.to(device, non_blocking=True), *i
+        return plan.to(device).table, *i
     if isinstance(i, Tensor) and i.device == device:
-        return table.to(device, non_blocking=True), None, i
-    return table[int(i), None].to(device, non_blocking=True), None, None
+        return plan.to(device).table, None, i
+    row = plan.table[int(i)]
+    return row.tolist() if row.is_cpu else (row[None], None, None)
 
 
-def torch_threads(size: int, device: torch.device) -> int:
-    """Threads that torch.randn runs for `size` elements on this card (torch 2.11 to 2.13)."""
-    card = torch.cuda.get_device_properties(device)
-    return 256 * min(-(-size // 256), card.multi_processor_count * (card.max_threads_per_multi_processor // 256))
+NO_ROW = (0, *[0.0] * 10)
+NO_WEIGHTS = (0.0,) * 5
 
 
-def take_torch_stream(x: Tensor, generator: torch.Generator | None) -> tuple[int, int, int]:
-    """(seed, offset, threads) of what torch.randn would draw for x, the generator advanced as by torch.randn."""
-    index = torch.cuda.current_device() if x.device.index is None else x.device.index
+class Launch(NamedTuple):
+    """What launches of one form share.
+
+    Attributes:
+        run, function, metadata: of Triton's CompiledKernel.
+        grid: of three dimensions.
+        sizes, constants: the arguments `size` and `samples`, and from ORDER on.
+    """
+
+    run: Callable
+    function: int
+    metadata: tuple
+    grid: tuple[int, int, int]
+    sizes: tuple[int, int]
+    constants: tuple
+
+
+# Launches past Triton's binder, which takes the host several times as long, by their form: the shape, and all else that Triton
+# compiles another kernel for. How a CompiledKernel is run is not documented; these versions were read, others take the binder.
+LAUNCHES: dict[tuple, Launch] = {}
+MOST_LAUNCHES = 4096
+IS_KNOWN = tuple(triton.__version__.split(".")[:2]) in [("3", "6"), ("3", "7"), ("3", "8"), ("3", "9")]
+
+
+def launch(x, history, unconditional, noise, outputs, row, scale, drawn: Drawn) -> None:
+    """The kernel on contiguous tensors of one device, that are not empty.
+
+    Args:
+        x, history, unconditional, noise: what is read; what is None is not there.
+        outputs: the next sample and the prediction or None, of the dtype of x.
+        row: as `row_of` returns.
+        scale: of the guidance, a number or float64 [batch].
+    """
+    device = x.get_device()
+    if x.is_cuda and torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            return launch(x, history, unconditional, noise, outputs, row, scale, drawn)
+    source, seed, seeds, offset, threads = drawn
+    table = plan_index = step_index = None
+    indexed, order, num_plans, num_steps = 0, 0, 1, 1
+    if isinstance(row[0], Tensor):
+        table, plan_index, step_index = row
+        row, indexed = NO_ROW, 1 if step_index is None else 2 if plan_index is None else 3
+        *plans, num_steps, width = table.shape
+        order, num_plans = width - columns.W_D, plans[0] if plans else 1
+    else:
+        row = (int(row[0]), *row[1:], *NO_WEIGHTS[len(row) - columns.W_D :])
+    scales = None
+    if isinstance(scale, Tensor):
+        scale, scales = 1.0, scale
+    elif scale is None:
+        scale = 1.0
+    vectors = [x, *history, *[None] * (5 - len(history)), unconditional, noise, *outputs]
+    others = [seeds, table, plan_index, step_index, scales]
+    addresses = [None if t is None else t.data_ptr() for t in vectors]
+    numbers = (num_plans, num_steps, float(scale), seed, offset, threads, *row)
+    form = (
+        device, x.shape, source, seeds is None, scales is None, indexed, order,
+        *[None if t is None else t.dtype for t in vectors], *[a is None or a & 15 == 0 for a in addresses],
+    )  # fmt: skip
+    known = LAUNCHES.get(form)
+    if known is not None and not _is_watched():
+        run, function, metadata, grid, sizes, constants = known
+        addresses += [None if t is None else t.data_ptr() for t in others]
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        return run(*grid, stream, function, metadata, None, None, None, *addresses, *sizes, *numbers, *constants)
+
+    samples, size = 1, x.numel()
+    if x.dim() and (source == PORTABLE.value or indexed == 3 or scales is not None):
+        samples = x.shape[0]
+        size //= samples
+    block, turns = blocks_of(source, x.element_size(), samples, size)
+    if source == TORCH.value:
+        grid = (triton.cdiv(threads, block), triton.cdiv(size, 4 * threads), 1)
+    else:
+        grid = (triton.cdiv(size, block * turns) * samples, 1, 1)
+    wide = any(t is not None and t.dtype == torch.float64 for t in vectors)
+    guided = 0 if unconditional is None else 1 if scales is None else 2
+    constants = (
+        order, len(history), indexed, outputs[1] is not None, guided, noise is not None, source, seeds is not None, wide, block,
+        turns, NVIDIA,
+    )  # fmt: skip
+    # What is absent stands as x, since Triton compiles another kernel for each None.
+    tensors = [x if t is None else t for t in (*vectors, *others)]
+    compiled = er_sde_step[grid](*tensors, size, samples, *numbers, *constants, **compile_options(block))
+    if IS_KNOWN and x.is_cuda and isinstance(compiled, triton.compiler.CompiledKernel):
+        if len(LAUNCHES) == MOST_LAUNCHES:
+            LAUNCHES.clear()
+        LAUNCHES[form] = Launch(compiled.run, compiled.function, compiled.packed_metadata, grid, (size, samples), constants)
+    return None
+
+
+def _is_watched() -> bool:
+    """Whether somebody has asked Triton to be told of launches."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or er_sde_step.pre_run_hooks)
+
+
+@functools.cache
+def most_torch_threads(index: int) -> int:
+    """Threads that torch.randn runs at most on a card (torch 2.11 to 2.13), a multiple of 256."""
+    card = torch.cuda.get_device_properties(index)
+    return 256 * card.multi_processor_count * (card.max_threads_per_multi_processor // 256)
+
+
+def take_torch_stream(x: Tensor, generator: torch.Generator | None) -> Drawn:
+    """What torch.randn would draw for x, the generator advanced as by torch.randn."""
+    index, size = x.get_device(), x.numel()
     generator = torch.cuda.default_generators[index] if generator is None else generator
-    threads, offset = torch_threads(x.numel(), x.device), generator.get_offset()
-    generator.set_offset(offset + ((x.numel() - 1) // (4 * threads) + 1) * 4)
-    return generator.initial_seed(), offset, threads
+    threads = min(-(-size // 256) * 256, most_torch_threads(index))
+    offset = generator.get_offset()
+    generator.set_offset(offset + ((size - 1) // (4 * threads) + 1) * 4)
+    return Drawn(TORCH.value, generator.initial_seed(), None, offset, threads)
 
 
 def draws_as_torch(x: Tensor) -> bool:
@@ -453,7 +566,7 @@ def draws_as_torch(x: Tensor) -> bool:
 def _compare_with_torch(device: torch.device, dtype: torch.dtype) -> bool:
     generator = torch.Generator(device).manual_seed(0x5EED_0123_4567)
     torch.randn(3, device=device, generator=generator)
-    table = torch.zeros(1, columns.W_D, dtype=torch.float64, device=device)  # a plan of order 0
+    table = torch.zeros(1, columns.W_D, dtype=torch.float64, device="cpu")  # a plan of order 0
     table[0, columns.W_NOISE] = 1
     for size in (4099, 300_007):
         drawn = torch.empty(size, dtype=dtype, device=device)

@@ -69,8 +69,8 @@ def sharded(say):
                     whole = fast_step(PLAN, i, whole, history, seed=seed)
                     parts = distributed.fast_step_dtensor(PLAN, i, parts, pieces, seed=seed)
                     assert torch.equal(parts.full_tensor(), whole), (placements, seed, i)
-            for scale in (2.5, torch.tensor([1.0, 0.0, 7.0], dtype=torch.float64)):
-                guided = dict(seed=3, prediction_type="v")
+            for scale, cfg_pp in ((2.5, False), (torch.tensor([1.0, 0.0, 7.0], dtype=torch.float64), True)):
+                guided = dict(seed=3, prediction_type="v", cfg_pp=cfg_pp)
                 expected = fast_step(PLAN, 0, x, [x * 0.5], guidance=(x * 0.25, scale), **guided)
                 halves = distributed.fast_step_dtensor(PLAN, 0, part, [part * 0.5], guidance=(part * 0.25, scale), **guided)
                 assert all(torch.equal(h.full_tensor(), e) for h, e in zip(halves, expected, strict=True)), (placements, scale)

@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_written_is_no_harm(cache, tmp_path, monkeypatch
     if what == "a file":
         cache.write_text("")
     else:
-        monkeypatch.setattr(nvrtc, "NamedTemporaryFile", lambda **_: (_ for _ in ()).throw(PermissionError()))
+        monkeypatch.setattr(nvrtc, "write_whole", lambda *_: (_ for _ in ()).throw(PermissionError()))
     compiler = Counting(tmp_path)
     assert compiler.kernel("k", (9, 0)) == compiler.kernel("k", (9, 0))
     assert compiler.compiled == 2

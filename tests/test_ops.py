@@ -206,9 +206,9 @@ def test_opcheck(dtype, order, requires_grad):
     seeds, scale = torch.tensor([[5, 0], [6, 1]]), torch.tensor(2.5, dtype=torch.float64)
     torch.library.opcheck(ops.STEP, (table, None, step, x, history, noise, None, [], []))
     torch.library.opcheck(ops.STEP, (table, None, step, x, history, None, seeds, [], []))
-    of_v, of_epsilon = (PLANS[order].predicting(name).table for name in ("v", "epsilon"))
+    of_v, of_epsilon = PLANS[order].predicting("v", cfg_pp=True).table, PLANS[order].predicting("epsilon").table
     torch.library.opcheck(
-        ops.STEP_FROM_OUTPUT, (of_v, None, step, x, history, None, seeds, [4, 5], [1, 1], unconditional, scale)
+        ops.STEP_FROM_OUTPUT, (of_v, None, step, x, history, None, seeds, [4, 5], [1, 1], unconditional, scale, True)
     )
     index = (torch.tensor([0, 0]), torch.tensor([4, 2]))
     torch.library.opcheck(ops.STEP_FROM_OUTPUT, (of_epsilon[None], *index, x, history, None, seeds, [], [], None, None))

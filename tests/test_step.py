@@ -488,7 +488,7 @@ STACKED = dict(plan=stack_plans([PLANS[3], PLANS[3].starting_at(2)]), seed=1)
         (dict(STACKED, i=(ZEROS, ZEROS[:1])), TypeError, r"step_index must be an int64 tensor of shape \(2,\), got torch.int64 \(1,\)"),
         (dict(STACKED, i=(ZEROS, ZEROS), seed=None), ValueError, r"seed or noise is needed where samples follow plans of their own"),
         (dict(STACKED, i=(ZEROS, torch.tensor([0, 4])), history=HISTORY[:2]), ValueError, r"history must hold the 3 newest predictions, got 2"),
-        (dict(prediction_type="eps"), ValueError, r"prediction_type must be None or one of 'sample', 'epsilon', 'v', 'flow', got 'eps'"),
+        (dict(prediction_type="eps"), ValueError, r"prediction_type must be None or one of 'sample', 'epsilon', 'v', 'flow', 'edm', got 'eps'"),
         (dict(prediction_type=["v"]), ValueError, r"prediction_type must be None or one of .* got \['v'\]"),
         (dict(guidance=(NOISE, 2.0)), ValueError, r"guidance needs a prediction_type"),
         (dict(prediction_type="v", guidance=NOISE), TypeError, r"guidance must be a pair \(unconditional output, scale\), got Tensor"),

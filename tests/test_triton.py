@@ -38,7 +38,7 @@ def test_compiles(target, source, dtype, kind):
     types |= dict.fromkeys(tensors, f"*{dtype}") | {"seeds": "*i64", "table": "*fp64", "scales": "*fp64", "size": "i64"}
     types |= {"samples": "i32", "plan_index": "*i64", "step_index": "*i64"}
     constants = dict(
-        ORDER=3, GIVEN=3, INDEXED=0 if kind < 0 else 2, PREDICTS=kind >= 0, GUIDED=0 if kind < 0 else 2, HAS_NOISE=False
+        ORDER=3, GIVEN=3, INDEXED=0 if kind < 0 else 3, PREDICTS=kind >= 0, GUIDED=0 if kind < 0 else 2, HAS_NOISE=False
     )
     block, turns = kernel.blocks_of(source.value, {"fp32": 4, "bf16": 2}[dtype], 1, kernel.LARGE)
     constants |= dict(

@@ -1,5 +1,7 @@
 """Run by test_triton.py in a process of its own with TRITON_INTERPRET=1: the Triton kernel against the other backends."""
 
+import sys
+
 import pytest
 import torch
 import triton
@@ -10,6 +12,7 @@ from test_noise import EDGE_WORDS, MANY_SEEDS, many_normals
 
 from conftest import assert_step_exact, assert_sum_exact, noise_alone
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans
+from ersde_fast.backends.triton import TritonKernels
 from ersde_fast.kernels import er_sde_step as kernel
 from ersde_fast.noise import Portable, box_muller, seed_table
 from ersde_fast.predictions import PREDICTION_TYPES
@@ -160,6 +163,40 @@ def test_edge_words():
     normals = [torch.empty(n) for _ in range(2)]
     words_to_normals[(1,)](*words, *normals, N=n)
     assert torch.equal(torch.stack(normals)[:, : len(a)], torch.stack(box_muller(a, b)))
+
+
+def test_plain_steps_are_answered_at_once(monkeypatch):
+    """Once a step brought the kernels, nothing that checks in words is asked."""
+    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=3)
+    x, noise, *history = torch.randn(5, 2, 40)
+    sources = [dict(seed=5), dict(seed=-(2**70)), dict(seed=[5, 6]), dict(noise=noise), dict(noise=noise.double())]
+    outputs = [{}, dict(prediction_type="v"), dict(prediction_type="v", guidance=(noise, 2.5))]
+    steps = [(i, source | output) for i in (0, 4) for source in sources for output in outputs]
+    expected = [fast_step(plan, i, x, history, backend="cpu", **kwargs) for i, kwargs in steps]
+    fast_step(plan, 4, x, history, seed=5, backend="triton")
+    monkeypatch.setattr(sys.modules["ersde_fast.step"], "checked", None)
+    for (i, kwargs), of_cpu in zip(steps, expected, strict=True):
+        torch.testing.assert_close(fast_step(plan, i, x, history, backend="triton", **kwargs), of_cpu, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(i=-1), dict(i=5), dict(i=True), dict(i=torch.tensor(4)), dict(history=[]), dict(history=None), dict(x=None),
+        dict(x=torch.zeros(40, 2).T), dict(x=torch.zeros(2, 40, requires_grad=True)), dict(x=torch.zeros(2, 0)),
+        dict(history=[torch.zeros(2, 41)] * 3), dict(history=[torch.zeros(2, 40, dtype=torch.int64)] * 3),
+        dict(history=[torch.zeros(2, 40).to_sparse()] * 3), dict(history=[torch.zeros(2, 40, dtype=torch.complex64).conj().imag] * 3),
+        dict(noise=torch.zeros(1, 40)), dict(noise=torch.zeros(2, 40), seed=5), dict(generator=5), dict(out=torch.zeros(2, 40)),
+        dict(predicts=True, unconditional=torch.zeros(2, 40), scale="2"),
+        dict(predicts=True, unconditional=torch.zeros(2, 40), scale=float("inf")),
+        dict(predicts=True, unconditional=torch.zeros(2, 40, device="meta"), scale=2.0),
+    ],
+)  # fmt: skip
+def test_what_is_not_plain_is_left_to_who_says_why(change):
+    plan = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=3)
+    arguments = dict(i=4, x=torch.zeros(2, 40), history=[torch.zeros(2, 40)] * 3)
+    assert TritonKernels(kernel).step(plan.table, draws=True, **arguments) is not None
+    assert TritonKernels(kernel).step(plan.table, draws=True, **arguments | change) is None
 
 
 def test_it_is_available_and_named():

@@ -7,13 +7,14 @@ A backend is an object of `Backend`, in a module of its own. To add one, put it 
 import functools
 import os
 import warnings
+from typing import Any
 
 from .base import MAX_DIMS, Backend
 from .compiled import CPU, CUDA
 from .reference import REFERENCE
 from .triton import TRITON
 
-__all__ = ["BACKENDS", "CPU", "CUDA", "MAX_DIMS", "Backend", "available_backends", "choose"]
+__all__ = ["BACKENDS", "CPU", "CUDA", "MAX_DIMS", "TRITON", "Backend", "available_backends", "choose", "kernels_for"]
 
 BACKENDS: list[Backend] = [CUDA, TRITON, CPU, REFERENCE]
 
@@ -21,6 +22,13 @@ BACKENDS: list[Backend] = [CUDA, TRITON, CPU, REFERENCE]
 def available_backends() -> dict[str, str | None]:
     """Name of each backend, to None if it runs here or else why it does not."""
     return {backend.name: backend.unavailable() for backend in BACKENDS}
+
+
+def kernels_for(x, name: str | None) -> Any:
+    """What answers a plain step of x at once, where no compiled kernels are or another backend is named; or None."""
+    if name == TRITON.name or (name is None and CUDA.why_no_kernels is not None and getattr(x, "is_cuda", False)):
+        return TRITON.kernels
+    return None
 
 
 def choose(request, name: str | None = None) -> Backend:

@@ -131,7 +131,7 @@ class Library:
         """The next sample, or the pair of that and the prediction; None where the step is not a plain one of this device."""
         if type(x) not in PLAIN or not self.has(x) or not isinstance(history, (list, tuple)):
             return None
-        if not (trusted or (out is None and _is_unwatched())):
+        if not (trusted or (out is None and is_unwatched())):
             return None
         if (noise is not None) + (generator is not None) + (seed is not None) > 1:
             return None
@@ -156,7 +156,7 @@ class Library:
                 if draws:
                     drawn, _seeds = _portable(seed, x)
             elif noise is None:
-                _check_generator(generator, x.device)
+                check_generator(generator, x.device)
                 torch_stream = draws if not row else ctypes.c_double.from_address(row + 8 * W_NOISE).value != 0
         except (NotPlain, RuntimeError):  # a tensor that has no memory of its own
             return None
@@ -263,7 +263,9 @@ class Library:
 class CPULibrary(Library):
     """Large tensors are shared out over threads of Python: the library lets go of the interpreter."""
 
-    has = staticmethod(attrgetter("is_cpu"))
+    @staticmethod
+    def has(x):
+        return x.is_cpu
 
     def run(self, call, factor, x):
         if x.numel() <= GRAIN:
@@ -309,7 +311,7 @@ def signed(word: int) -> int:
     return word if 0 <= word < 2**63 else (word + 2**63 & MASK) - 2**63
 
 
-def _is_unwatched() -> bool:
+def is_unwatched() -> bool:
     """Whether no mode, transform or tracer wants to see operators, and no tangent is carried."""
     return (
         _len_torch_dispatch_stack() == 0
@@ -386,7 +388,11 @@ def _portable(seed, x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
     return (PORTABLE, seed.data_ptr(), 0, 0, 0), seed
 
 
-def _check_generator(generator, device: torch.device) -> None:
+def check_generator(generator, device: torch.device) -> None:
+    """
+    Raises:
+        NotPlain: it is no generator of that device.
+    """
     if generator is not None and (
         not isinstance(generator, torch.Generator)
         or generator.device.type != device.type

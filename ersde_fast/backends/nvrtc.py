@@ -12,11 +12,11 @@ import sys
 import threading
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import torch
 from torch import Tensor
 
+from ..files import write_whole
 from ..noise import TORCH_PIECE
 from .library import FAILED, NEEDS_KERNEL, NUMBER, TORCH, KernelError, Library, NotPlain, signed
 
@@ -201,15 +201,9 @@ def _write(path: Path, kept: bytes) -> None:
     """All of it or nothing; nothing where the folder cannot be written to."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            partial = Path(file.name)
+        write_whole(path, hashlib.sha256(kept).digest() + kept)
     except OSError:
-        return
-    try:
-        partial.write_bytes(hashlib.sha256(kept).digest() + kept)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+        pass
 
 
 class CUDALibrary(Library):

@@ -32,6 +32,7 @@ def fast_step_dtensor(
     seed: Seed,
     prediction_type: str | None = None,
     guidance: tuple[DTensor, float | Tensor] | None = None,
+    cfg_pp: bool = False,
 ) -> Any:
     """`ersde_fast.fast_step` of latents that are split over processes: each steps its own part, and nothing is communicated.
 
@@ -57,7 +58,7 @@ def fast_step_dtensor(
         local_guidance = guidance[0].to_local(), scale
     result = fast_step(
         plan, i, x.to_local(), [denoised.to_local() for denoised in history], seed=pairs, prediction_type=prediction_type,
-        guidance=local_guidance, global_shape=tuple(x.shape[1:]), global_start=tuple(start[1:]),
+        guidance=local_guidance, cfg_pp=cfg_pp, global_shape=tuple(x.shape[1:]), global_start=tuple(start[1:]),
     )  # fmt: skip
 
     def whole(part: Tensor) -> DTensor:
