@@ -74,7 +74,7 @@ quality: env
 # libraries, four minutes), then checked as far as one machine can. macOS's is never run here.
 WHEELS := build/wheels
 wheels:
-	rm -rf dist $(WHEELS) build/*_*64
+	rm -rf dist build/*_*64
 	python3 -m venv $(WHEELS)
 	$(WHEELS)/bin/pip install -q "setuptools>=77" wheel auditwheel lief ziglang==0.17.1
 	for platform in manylinux2014_x86_64 manylinux2014_aarch64 macosx_11_0_arm64 win_amd64; do \

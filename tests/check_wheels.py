@@ -20,7 +20,7 @@ import sys
 import tempfile
 import zipfile
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import lief
@@ -34,16 +34,8 @@ LIBRARIES = {"manylinux2014_x86_64": "_kernels.so", "manylinux2014_aarch64": "_k
 # What every system of the platform has.
 IMPORTS = r"@rpath/_kernels\.dylib|lib(c|m|pthread|dl)\.so\.\d|ld-linux-.*|/usr/lib/libSystem\.B\.dylib|KERNEL32\.dll|api-ms-win-crt-.*|msvcrt\.dll|ntdll\.dll"
 LINKERS_OWN = {"init", "fini", "mh_dylib_header", "dso_handle"}
-FORMS = [
-    None,
-    ("sde", 0),
-    ("sde", 1),
-    ("sde_1", 1),
-    ("sde", 0.5),
-    ("sde", 1.5),
-    ("sde_4", 1),
-    ("sde_5", 1),
-]  # by the authors' numbers
+# By the authors' numbers.
+FORMS = [None, ("sde", 0), ("sde", 1), ("sde_1", 1), ("sde", 0.5), ("sde", 1.5), ("sde_4", 1), ("sde_5", 1)]
 ZIG = [sys.executable, "-m", "ziglang"]
 
 
@@ -138,17 +130,20 @@ def steps_of(case: dict, table: list[float]) -> list[tuple[str, list[float]]]:
 
 
 def calls_of_all_types() -> list[str]:
-    """Steps of every type and both sources of noise, with numbers of every size in odd counts."""
+    """Steps of every type and both sources of noise, in odd counts."""
     generator, found = random.Random(0), []
-    for dtype, size in enumerate((4, 8, 2, 2)):
-        for n in (1, 7, 1003, 4099):
-            for seed in ("-", "0x91b7584a2265b1f5"):
-                # exponents of a middle range, so that most sums are finite
-                exponents = {0: (100, 140, 23), 1: (1000, 1040, 52), 2: (100, 140, 7), 3: (5, 20, 10)}[dtype]
-                low, high, mantissa = exponents
-                draw = lambda: generator.getrandbits(1) << (8 * size - 1) | generator.randint(low, high) << mantissa | generator.getrandbits(mantissa)  # noqa: B023, E731  # fmt: skip
-                words = " ".join(f"{draw():0{2 * size}x}" for _ in range(n * (4 + (seed == "-"))))
-                found.append(f"step {dtype} 3 {seed} {n} 7 0 1 0.8 0.3 0.9 -0.4 0.1 {words}")
+    row = {"ersde_counter": 7, "ersde_p_m": 1, "ersde_w_noise": 0.8, "ersde_w_x": 0.3}
+    weights = " ".join(str(row.get(column, 0)) for column in COLUMNS[:W_D]) + " 0.9 -0.4 0.1"
+
+    def number(size: int, mantissa: int, exponents: tuple[int, int]) -> str:
+        """Of either sign, any mantissa and an exponent of a middle range, so that no sum is infinite."""
+        exponent = generator.randint(*exponents) << mantissa
+        return f"{generator.getrandbits(1) << (8 * size - 1) | exponent | generator.getrandbits(mantissa):0{2 * size}x}"
+
+    types = [(4, 23, (100, 140)), (8, 52, (1000, 1040)), (2, 7, (100, 140)), (2, 10, (5, 20))]
+    for (dtype, form), n, seed in product(enumerate(types), (1, 7, 1003, 4099), ("-", "0x91b7584a2265b1f5")):
+        words = " ".join(number(*form) for _ in range(n * (5 if seed == "-" else 4)))
+        found.append(f"step {dtype} 3 {seed} {n} {weights} {words}")
     return found
 
 

@@ -160,7 +160,7 @@ int main(int argc, char** argv) {
       c.table = (double*)result;
       c.schedule = schedule;
       answer = plan(&c);
-      print_bits(result, c.num_steps * (5 + c.order), 8);
+      print_bits(result, c.num_steps * (ersde_w_d + c.order), 8);
     } else {
       return fprintf(stderr, "no call: %s\n", what), 3;
     }
