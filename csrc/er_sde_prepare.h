@@ -92,7 +92,7 @@ inline uint64_t torch_advance(int64_t n, int64_t threads, DType dtype) {
   return (uint64_t)((n - 1) / (threads * unroll) + 1) * 4;
 }
 
-constexpr int kMaxVectorTerms = kMaxPredictions + 2;  // beyond them step_elements runs: order 5 with CFG++ and a noise tensor
+constexpr int kMaxVectorTerms = kMaxPredictions + 2;  // with the noise; beyond them step_elements runs: order 5 with CFG++ and noise
 constexpr int kBlocksPerMultiprocessor = 1024;  // on an H100 64 lose 2 %, 16 another 2, and no bound gains less than 1 %
 
 // A kernel by the arguments of its template, its grid in blocks of kThreads, and its one argument.
@@ -116,7 +116,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool fits_vectors(const StepArgs& a) {
   const DType t = a.out.dtype;
   const int64_t item = size_of(t), vector = 16 / item, last = a.ndim - 1;
-  if (t == DType::float64 || a.float64 || a.num_terms == 0 || a.num_terms > kMaxVectorTerms || a.rows.ring_stride % 16 != 0) return false;
+  if (t == DType::float64 || a.float64 || a.num_terms == 0 || a.rows.ring_stride % 16 != 0) return false;
+  if (a.num_terms + (a.drawn.source != Noise::none) > kMaxVectorTerms) return false;
   if (a.batched) {
     const bool one = a.sizes[0] == 1;
     if (!one && a.drawn.source == Noise::torch) return false;

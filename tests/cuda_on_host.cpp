@@ -3,6 +3,9 @@
 #include "../csrc/er_sde_plan.cu"
 #include "../csrc/er_sde_step.cu"
 
+#include <cstdio>
+#include <cstdlib>
+
 namespace ersde {
 
 int multiprocessors = 1;
@@ -39,7 +42,10 @@ void step_cpu(const StepArgs& args, int64_t, int64_t) {
       for (Operand& o : a.terms) o.strides[0] = o.strides[1];
     }
   }
-  step_cuda(a, {nullptr, multiprocessors, false});
+  if (const char* error = step_cuda(a, {nullptr, multiprocessors, false})) {
+    std::fprintf(stderr, "%s\n", error);
+    std::abort();
+  }
 }
 
 void plan_cpu(const PlanArgs& args) { plan_cuda(args, nullptr); }

@@ -93,6 +93,19 @@ def test_the_kernel_has_the_bits_of_the_cpu_kernel(data, order, source, seed):
     assert equal(by_cuda(fast_step, plan_of(order, source), 4, x, history, out=out, **kwargs), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("source", ["none", "noise", "seed"])
+@pytest.mark.parametrize("order", [3, 4, 5])
+def test_the_most_terms(order, source, dtype):
+    """The output without the condition is a term of CFG++, and the noise one more."""
+    x, noise, unconditional, *history = torch.randn(order + 3, 2, 256).to(dtype).unbind()
+    kwargs = {"noise": dict(noise=noise), "seed": dict(seed=5), "none": {}}[source]
+    kwargs |= {"prediction_type": "v", "guidance": (unconditional, 0.7), "cfg_pp": True}
+    for i in (4, torch.tensor(4)):
+        expected = fast_step(plan_of(order, source), i, x, history, backend="cpu", **kwargs)
+        assert equal(by_cuda(fast_step, plan_of(order, source), i, x, history, **kwargs), expected)
+
+
 @settings(max_examples=EXAMPLES // 2, deadline=None)
 @given(st.data(), st.booleans())
 def test_samples_at_their_own_steps_of_their_own_plans(data, predicts):

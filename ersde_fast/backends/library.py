@@ -67,10 +67,16 @@ def load(folder: Path) -> tuple[ctypes.CDLL | None, str | None]:
     try:
         library = ctypes.CDLL(str(path))
         version = library.ersde_version()
+        if version != VERSION:
+            return None, f"the library of kernels is of version {version}, and this is {VERSION}: {REINSTALL}"
+        _declare(library)
+        assert Tensor.__dlpack_c_exchange_api__
     except (OSError, AttributeError) as error:
         return None, f"the library of kernels does not load ({error}): {REINSTALL}"
-    if version != VERSION:
-        return None, f"the library of kernels is of version {version}, and this is {VERSION}: {REINSTALL}"
+    return library, None
+
+
+def _declare(library: ctypes.CDLL) -> None:
     pointer, word, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
     for name, result, arguments in [
         ("step", integer, [pointer, real, word, word]),
@@ -81,12 +87,12 @@ def load(folder: Path) -> tuple[ctypes.CDLL | None, str | None]:
         ("torch_advance", word, [word, word, word]),
         ("torch_noise", None, [pointer, ctypes.c_uint64, ctypes.c_uint64, word, word, word]),
         ("box_muller", None, [pointer, pointer, pointer, pointer, word]),
+        *((name, integer, []) for name in ("words", "step_objects", "step_objects_cuda")),  # see Library
         ("instruction_set", ctypes.c_char_p, []),
         ("use_instruction_set", integer, [integer]),
     ]:
         function = getattr(library, f"ersde_{name}")
         function.restype, function.argtypes = result, arguments
-    return library, None
 
 
 class NotPlain(Exception):
