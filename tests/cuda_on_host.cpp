@@ -1,17 +1,17 @@
 // The extension with the CUDA kernels, run as C++, in the place of the CPU kernel: linked with csrc/binding.cpp by
 // test_cuda_source.py, for cuda_on_host_cases.py.
-#include "../csrc/er_sde_plan.cu"
-#include "../csrc/er_sde_step.cu"
-
 #include <cstdio>
 #include <cstdlib>
+
+#include "../csrc/er_sde_plan.cu"
+#include "../csrc/er_sde_step.cu"
 
 namespace ersde {
 
 int multiprocessors = 1;
 // In the place of the portable stream, where not 0 threads: torch's, its seed and most of its offset in memory, as a captured
 // graph reads them, or given.
-int64_t torch_seed, torch_offset, torch_threads = 0;
+int64_t torch_seed, torch_offset, stream_threads = 0;
 bool in_memory;
 
 const char* instruction_set_name() { return "cuda on host"; }
@@ -19,10 +19,10 @@ bool use_instruction_set(InstructionSet) { return false; }
 
 void step_cpu(const StepArgs& args, int64_t, int64_t) {
   StepArgs a = args;
-  if (torch_threads && a.drawn.source == Noise::portable) {
+  if (stream_threads && a.drawn.source == Noise::portable) {
     a.drawn = Drawn{};
     a.drawn.source = Noise::torch;
-    a.drawn.torch_threads = torch_threads;
+    a.drawn.torch_threads = stream_threads;
     a.drawn.torch_offset = (uint64_t)torch_offset;
     a.drawn.seed = (uint64_t)torch_seed;
     static int64_t seed, offset;
@@ -64,6 +64,6 @@ extern "C" __attribute__((visibility("default"))) void set_multiprocessors(int c
 extern "C" __attribute__((visibility("default"))) void set_torch_stream(int64_t seed, int64_t offset, int64_t threads, bool in_memory) {
   ersde::torch_seed = seed;
   ersde::torch_offset = offset;
-  ersde::torch_threads = threads;
+  ersde::stream_threads = threads;
   ersde::in_memory = in_memory;
 }
