@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ersde_fast import er_sde_plan, stack_plans
-from ersde_fast.backends import compiled, extension, library
+from ersde_fast.backends import CPU, compiled, extension, library
 from ersde_fast.noise import seed_table
 
 HEADER = (Path(__file__).parents[1] / "csrc" / "er_sde_c.h").read_text()
@@ -113,6 +113,25 @@ def test_a_step_as_the_extension_steps_it(step):
     for g, e in zip(got or [], expected or [], strict=True):
         assert g.dtype == e.dtype and g.shape == e.shape and g.is_contiguous() == e.is_contiguous()
         assert torch.equal(g.nan_to_num(7), e.nan_to_num(7)) and torch.equal(g.isnan(), e.isnan())
+
+
+@pytest.mark.skipif(extension._C is None, reason="the extension was not built")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, dict(order=3), dict(order=[1, 2, 3, 3, 5, 2], method="newton", node_scale=5.0), dict(noise_scaler="ode", order=2), dict(eta=0.3),
+        dict(eta=[0, 0.5, 1, 1, 0.2, 0]), dict(integration_points=200, order=3), dict(guidance=5.0), dict(process="flow", s_noise=0.9),
+        dict(alphas=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_plan_as_the_extension_builds_it(options, monkeypatch):
+    sigmas = torch.tensor([0.98, 0.9, 0.8, 0.6, 0.5, 0.2, 0], dtype=torch.float64)
+    monkeypatch.setattr(CPU, "kernels", extension._C)
+    expected = er_sde_plan(sigmas, **options)
+    monkeypatch.setattr(CPU, "kernels", BY_CTYPES)
+    got = er_sde_plan(sigmas, **options)
+    assert torch.equal(got.table, expected.table) and torch.equal(got.er_lambdas, expected.er_lambdas)
 
 
 def with_tangent(x):
