@@ -15,7 +15,7 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-pytestmark = [pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"), pytest.mark.xdist_group("nvcc")]
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 # Instructions an element, noise drawn, for each tensor that is read or written: below them memory is the limit.
 BUDGETS = {"float": 20, "__nv_bfloat16": 13, "__half": 13}
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
