@@ -46,7 +46,7 @@ def test_a_sample_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(
     x_next, log_prob = fast_step(PLAN, 4, x, history, seed=[1, 2, 3, 4, 5], return_log_prob=True)
     threads = torch.get_num_threads()
     try:
-        for n in (1, threads):
+        for n in (1, 2):
             torch.set_num_threads(n)
             for part in (slice(0, 1), slice(3, 4), slice(1, 4), slice(0, 5)):
                 alone = step_log_prob(PLAN, 4, x[part], [d[part] for d in history], x_next[part])
