@@ -5,7 +5,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
+import reward
 from samplers import k_diffusion
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -28,3 +30,12 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
     assert re.search(PRINTED[name], capsys.readouterr().out)
+
+
+def test_the_gradient_of_the_density_raises_the_reward():
+    """On a seed that training does not draw: 1.6 times as measured, and 0.25 times with the density's sign turned."""
+    net, labels = reward.load_digits_unet(), torch.eye(10)[[3, 8]].repeat_interleave(8, dim=0)
+    before = reward.thickness(reward.rollout(net, labels, seed=0)[-1]).mean()
+    assert len(list(reward.train(net, [3, 8], samples=6, iterations=3, learning_rate=5e-4))) == 3
+    after = reward.thickness(reward.rollout(net, labels, seed=0)[-1]).mean()
+    assert after > 1.2 * before > 0
