@@ -71,9 +71,9 @@ def machine_code(path):
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
-    functions = {}
-    for part in text.split("Function : ")[1:]:
-        name = subprocess.run(["c++filt", part.split()[0]], capture_output=True, text=True).stdout
+    functions, parts = {}, text.split("Function : ")[1:]
+    names = subprocess.run(["c++filt", *(part.split()[0] for part in parts)], capture_output=True, text=True, check=True).stdout
+    for part, name in zip(parts, names.splitlines(), strict=True):
         name = re.sub(r"\(ersde::Noise\)|\(anonymous namespace\)::|ersde::|^void ", "", name).split("(")[0].strip()
         functions[name] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", part)
     return functions

@@ -102,7 +102,7 @@ def answer(kernels, table, i, x, history, of):
 
 
 @pytest.mark.skipif(extension._C is None, reason="the extension was not built")
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(steps())
 def test_a_step_as_the_extension_steps_it(step):
     of = step[-1]
