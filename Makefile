@@ -40,9 +40,9 @@ lint: env
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# A process a core, each file in one of them: what it compiles is compiled once. The longest are not the last.
+# A process a core, each file in one of them: what it compiles is compiled once.
 test: env $(if $(PYTHON),,lint)
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # The CPU kernels and the binding under the sanitizers of addresses and undefined behaviour, then of threads. OpenMP's own threads
 # are not instrumented, so the last sees Python's threads alone; a leak is looked for in test_threads.py.
