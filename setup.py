@@ -63,11 +63,8 @@ def library_compiler():
     if importlib.util.find_spec("ziglang") is None:
         return None
     zig, target = [sys.executable, "-m", "ziglang"], ["-target", WHEELS[WHEEL]] if WHEEL else []
-    return [*zig, "c++", *target], [
-        *zig,
-        "cc",
-        *target,
-    ]  # linked by c++ it would first build the library of C++, which is not used
+    # Linked as C: as C++ it would first build the library of C++, which is not used.
+    return [*zig, "c++", *target], [*zig, "cc", *target]
 
 
 def build_library(compiler, linker, temporary, folder):

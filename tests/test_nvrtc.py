@@ -48,7 +48,7 @@ def test_a_kernel_compiles(compiler, cache, expression, capability):
 
 
 def test_the_plans_kernel_compiles(compiler, cache):
-    name, binary = compiler.kernel(NAMES[nvrtc.PLAN_KERNEL], (9, 0))
+    name, binary = compiler.kernel(NAMES[-1], (9, 0))
     assert b"plan_rows" in name and binary[:4] == b"\x7fELF"
 
 
