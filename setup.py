@@ -99,7 +99,7 @@ def cuda_extension(torch, cpp_extension):
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0;12.0+PTX")
     return cpp_extension.CUDAExtension(
         "ersde_fast._C",
-        ["csrc/binding.cpp", "csrc/er_sde_step.cu", "csrc/er_sde_plan.cu"],
+        ["csrc/binding.cpp", "csrc/er_sde_step.cu", "csrc/er_sde_log_prob.cu", "csrc/er_sde_plan.cu"],
         depends=HEADERS,
         define_macros=[("ERSDE_WITH_CUDA", None)],
         extra_compile_args={"cxx": EXTENSION_FLAGS, "nvcc": ["-O3"]},

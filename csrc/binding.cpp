@@ -2,23 +2,14 @@
 //
 // None means "not a plain case", never "failed": the caller then checks the arguments in Python, in words, and either
 // raises, takes the reference path, or calls again with trusted = true. So the checks with messages stand in one place.
-#include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/Generator.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
 
 #ifdef ERSDE_WITH_CUDA
-#include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
-#include <c10/cuda/CUDAGuard.h>
 #endif
 
 #include <algorithm>
@@ -28,114 +19,12 @@
 #include <mutex>
 
 #include "er_sde_plan.h"
-#include "er_sde_prepare.h"
 #include "step_call.h"
+#include "torch_tensors.h"
 
-namespace py = pybind11;
 using namespace py::literals;
 
 namespace {
-
-using ersde::DType;
-using ersde::StepArgs;
-using ersde::torch_advance;
-using ersde::torch_threads;
-
-constexpr int64_t kGrain = 32768;  // elements a thread takes at least: below, waking it costs more than it saves
-
-bool dtype_of(const at::Tensor& t, DType& out) {
-  switch (t.scalar_type()) {
-    case at::kFloat: out = DType::float32; return true;
-    case at::kDouble: out = DType::float64; return true;
-    case at::kBFloat16: out = DType::bfloat16; return true;
-    case at::kHalf: out = DType::float16; return true;
-    default: return false;
-  }
-}
-
-// The tensor of a Python object, which owns it; nullptr where it is something else.
-const at::Tensor* tensor_of(py::handle h) { return THPVariable_Check(h.ptr()) ? &THPVariable_Unpack(h.ptr()) : nullptr; }
-
-// A plain strided tensor with memory of its own: not a subclass that dispatches to Python, not a functorch wrapper, not a
-// lazy conjugate or negative.
-bool is_plain(const at::Tensor& t) {
-  constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper,
-                                         c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Functionalize,
-                                         c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
-  return t.layout() == at::kStrided && !t.key_set().has_any(wrapped);
-}
-
-// Whether autograd would have to follow it: a gradient or a tangent. Of no interest to a caller that is autograd's own.
-bool is_differentiated(const at::Tensor& t, bool grad_mode) {
-  return (grad_mode && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
-}
-
-// Whether a mode of Python wants to see every operator, as tracers do.
-bool is_traced() {
-  return c10::impl::TorchDispatchModeTLS::any_modes_set() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
-}
-
-// Makes the device of a tensor the current one, where it is not: to ask costs less than to set and set back.
-struct OnDevice {
-#ifdef ERSDE_WITH_CUDA
-  std::optional<c10::cuda::CUDAGuard> guard;
-  explicit OnDevice(const at::Device& device) {
-    if (device.is_cuda() && c10::cuda::current_device() != device.index()) guard.emplace(device);
-  }
-#else
-  explicit OnDevice(const at::Device&) {}
-#endif
-};
-
-// Memory for a result: at::empty_like, past the dispatcher where x is contiguous, which saves a microsecond. The device of x is
-// the current one.
-at::Tensor memory_like(const at::Tensor& x) {
-  if (!x.is_contiguous()) return at::empty_like(x);
-#ifdef ERSDE_WITH_CUDA
-  if (x.is_cuda()) {
-    constexpr c10::DispatchKeySet cuda(c10::DispatchKey::CUDA);
-    return at::Tensor(at::detail::empty_generic(x.sizes(), at::cuda::getCUDADeviceAllocator(), cuda, x.scalar_type(), std::nullopt));
-  }
-#endif
-  return at::Tensor(at::detail::empty_cpu(x.sizes(), x.scalar_type()));
-}
-
-// A tensor that a kernel reads or writes, and what the kernel is told of it.
-struct Pair {
-  const at::Tensor* tensor;
-  ersde::Operand* operand;
-};
-using Pairs = c10::SmallVector<Pair, ersde::kMaxOperands>;
-
-// set_shape of er_sde_prepare.h for tensors; out is the last.
-void set_shape(StepArgs& a, const Pairs& pairs, at::IntArrayRef global_shape, at::IntArrayRef global_start) {
-  c10::SmallVector<ersde::View, ersde::kMaxOperands> views;
-  for (const auto& p : pairs) views.push_back({p.tensor->strides().data(), p.operand});
-  const at::IntArrayRef sizes = pairs.back().tensor->sizes();
-  const ersde::Whole whole{global_shape.empty() ? nullptr : global_shape.data(), global_start.empty() ? nullptr : global_start.data()};
-  ersde::set_shape(a, views.data(), (int)views.size(), sizes.data(), (int)sizes.size(), whole);
-}
-
-// The device is the current one; the pairs are what the arguments point into.
-void run(const StepArgs& args, const Pairs& pairs, const at::Device& device) {
-#ifdef ERSDE_WITH_CUDA
-  if (device.is_cuda()) {
-    const cudaDeviceProp* card = at::cuda::getDeviceProperties(device.index());
-    void* stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
-    const char* error = ersde::step_cuda(args, {stream, card->multiProcessorCount, card->major >= 9});
-    TORCH_CHECK(error == nullptr, "ersde_fast: the CUDA kernel could not be launched: ", error);
-    return;
-  }
-#endif
-  if (args.numel <= kGrain || at::get_num_threads() == 1) {
-    ersde::step_cpu(args, 0, args.numel);
-    return;
-  }
-  std::vector<at::Tensor> kept;  // while other threads of Python may let go of them
-  for (const auto& p : pairs) kept.push_back(*p.tensor);
-  py::gil_scoped_release release;
-  at::parallel_for(0, args.numel, kGrain, [&](int64_t begin, int64_t end) { ersde::step_cpu(args, begin, end); });
-}
 
 // ---- torch's stream on CUDA devices ----
 
@@ -254,12 +143,15 @@ bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at
 std::vector<int64_t> numbers(py::handle h) { return h.is_none() ? std::vector<int64_t>() : h.cast<std::vector<int64_t>>(); }
 
 py::object step(const StepCall& call) {
-  StepArgs a{};
+  ersde::LogProbArgs density{};
+  StepArgs& a = density.step;
   const at::Tensor *table_found = tensor_of(call.table), *x_found = tensor_of(call.x), *ring = tensor_of(call.ring);
   if (!table_found || !x_found) return py::none();
   const at::Tensor &table = *table_found, &x = *x_found;
   at::Tensor z, out, denoised, seeds, slot;
   const bool grad_mode = c10::GradMode::is_enabled(), predicts = call.predicts.ptr() == Py_True, trusted = call.trusted.ptr() == Py_True;
+  const bool sums = !call.reduction.is_none(), given_next = !call.x_next.is_none(), differentiates = !call.gradient.is_none();
+  density.what = differentiates ? ersde::Density::gradients : given_next ? ersde::Density::of_sample : ersde::Density::of_step;
   bool draws = call.draws.ptr() == Py_True;
   const auto fits = [&](const at::Tensor& t) { return is_plain(t) && (trusted || !is_differentiated(t, grad_mode)); };
   if (!dtype_of(x, a.out.dtype) || !is_here(x.device()) || !fits(x)) return py::none();
@@ -276,6 +168,8 @@ py::object step(const StepCall& call) {
   const double* row = a.rows.table ? nullptr : a.rows.row;
   const int64_t order = table.size(-1) - ersde::kWD;
   if (row) draws = row[ersde::kWNoise] != 0;
+  if (sums && ((row && !draws) || ring || x.numel() == 0 || (!given_next && !call.out.is_none()))) return py::none();
+  draws &= !given_next;
 
   // How many predictions are read: what the row says; else all that there can be.
   if (!PyList_Check(call.history.ptr()) && !PyTuple_Check(call.history.ptr())) return py::none();
@@ -301,7 +195,8 @@ py::object step(const StepCall& call) {
     pairs.push_back({&t, &o});
   };
   const auto add_term = [&](const at::Tensor& t, int64_t column, DType dtype) {
-    if (row && row[column] == 0 && !(predicts && a.num_terms < 2)) return;  // a prediction is of x and the first of the history
+    const bool wanted = (predicts && a.num_terms < 2) || differentiates;  // a prediction is of x and the first of the history
+    if (row && row[column] == 0 && !wanted) return;
     a.rows.columns[a.num_terms] = (int)column;
     add_operand(a.terms[a.num_terms++], t, dtype);
   };
@@ -355,7 +250,11 @@ py::object step(const StepCall& call) {
   if (!call.seed.is_none() && !set_seeds(a, call.seed, x.device(), seeds)) return py::none();
   if (draws && a.rows.index_stride && call.noise.is_none() && call.seed.is_none()) return py::none();
 
-  if (call.out.is_none()) {
+  if (given_next) {
+    const at::Tensor* next = operand_of(call.x_next, a.out.dtype);
+    if (!next) return py::none();
+    out = *next;
+  } else if (call.out.is_none()) {
     out = memory_like(x);
   } else {
     DType out_dtype;
@@ -378,12 +277,15 @@ py::object step(const StepCall& call) {
     a.rows.ring = (int)ring->size(0);
     a.rows.ring_stride = ring->stride(0) * ring->element_size();
     add_operand(a.denoised, slot, slot_dtype);
-  } else if (predicts) {
+  } else if (predicts && !given_next) {
     denoised = memory_like(x);
     add_operand(a.denoised, denoised, a.out.dtype);
   }
+  at::Tensor log_prob;
   const auto result = [&] {
+    if (given_next) return differentiates ? py::object(py::bool_(true)) : py::cast(log_prob);
     const py::object next = call.out.is_none() ? py::cast(out) : py::reinterpret_borrow<py::object>(call.out);
+    if (sums) return predicts ? py::object(py::make_tuple(next, denoised, log_prob)) : py::object(py::make_tuple(next, log_prob));
     return predicts && !ring ? py::object(py::make_tuple(next, denoised)) : next;
   };
   a.numel = out.numel();
@@ -409,11 +311,39 @@ py::object step(const StepCall& call) {
       }
     }
   }
-  a.batched = a.drawn.source == ersde::Noise::portable || a.rows.index_stride || a.rows.scales;
-  a.out.data = static_cast<char*>(out.mutable_data_ptr());
+  a.batched = sums || a.drawn.source == ersde::Noise::portable || a.rows.index_stride || a.rows.scales;
+  if (sums && a.rows.index_stride && x.is_cpu()) {
+    for (int64_t b = 0; b < x.size(0); ++b) {
+      if (ersde::row_of(a.rows, b)[ersde::kWNoise] == 0) return py::none();
+    }
+  }
+  at::Tensor memory;  // for what segments sum to
+  if (sums) {
+    const int64_t batch = x.dim() ? x.size(0) : 1;
+    const auto float64 = x.options().dtype(at::kDouble).requires_grad(false);
+    density.mean = PyUnicode_CompareWithASCIIString(call.reduction.ptr(), "mean") == 0;
+    if (differentiates) {
+      const at::Tensor* gradient = tensor_of(call.gradient);
+      if (!gradient || gradient->scalar_type() != at::kDouble || gradient->numel() != batch || !gradient->is_contiguous()) return py::none();
+      density.log_prob = const_cast<double*>(gradient->const_data_ptr<double>());
+      const int64_t guided = a.rows.guided, last = PyList_GET_SIZE(call.gradients.ptr()) - 1;
+      for (int64_t k = 0; k <= last; ++k) {
+        DType dtype;
+        const at::Tensor* t = operand_of(PyList_GET_ITEM(call.gradients.ptr(), k), dtype);
+        if (t) add_operand(density.gradients[k == last ? ersde::kMaxTerms + 1 : k + guided == last ? ersde::kMaxTerms : k], *t, dtype);
+      }
+    } else {
+      log_prob = at::empty(x.sizes().slice(0, x.dim() ? 1 : 0), float64);
+      memory = at::empty({batch * ((x.numel() / batch + ersde::kSegment - 1) / ersde::kSegment)}, float64);
+      density.log_prob = log_prob.mutable_data_ptr<double>();
+      density.sums = memory.mutable_data_ptr<double>();
+    }
+  }
+  a.out.data = given_next ? static_cast<char*>(const_cast<void*>(out.const_data_ptr())) : static_cast<char*>(out.mutable_data_ptr());
   pairs.push_back({&out, &a.out});
-  set_shape(a, pairs, numbers(call.global_shape), numbers(call.global_start));
-  run(a, pairs, x.device());
+  set_shape(a, pairs, numbers(call.global_shape), numbers(call.global_start), sums);
+  if (sums) run(density, pairs, x.device());
+  else run(a, pairs, x.device());
   return result();
 }
 

@@ -15,14 +15,26 @@ using namespace ersde;
 
 static_assert((int)ersde_w_guide == kWGuide && (int)ersde_w_noise == kWNoise && (int)ersde_w_d == kWD);
 static_assert(sizeof(ersde_call) % sizeof(int64_t) == 0);
+static_assert((int)ersde_of_guide == kMaxTerms && (int)ersde_of_next == kMaxTerms + 1);
 
 // The arguments of a kernel from the words of a call, which the views point into.
 struct Step {
-  StepArgs args{};
-  View views[kMaxOperands];
+  LogProbArgs density{};
+  StepArgs& args = density.step;
+  View views[kMaxViews];
   int count = 0;
   int64_t batch = 1;
+  bool sums = false;  // whether the log-density is asked for
 };
+
+constexpr int64_t kOfSample = 1 + (int)Density::of_sample, kGradients = 1 + (int)Density::gradients;  // of ersde_call.density
+
+bool has_density(const int64_t* words) {
+  ersde_call call;
+  std::memcpy(&call, words, sizeof call);
+  return call.density != 0;
+}
+bool writes_prediction(const ersde_call& call) { return call.predicts && call.density < kOfSample; }
 
 void add_operand(Step& s, Operand& o, const int64_t* tensor) {
   o.data = reinterpret_cast<char*>(tensor[0]);
@@ -80,7 +92,7 @@ bool read(Step& s, const int64_t* words, double scale) {
 
   std::fill(std::begin(a.rows.columns), std::end(a.rows.columns), -1);
   const auto add_term = [&](int64_t column, const int64_t* t) {
-    const bool wanted = (call.predicts && a.num_terms < 2) || call.alone;
+    const bool wanted = (call.predicts && a.num_terms < 2) || call.alone || call.density == kGradients;
     if (row && row[column] == 0 && !wanted) return;
     a.rows.columns[a.num_terms] = (int)column;
     add_operand(s, a.terms[a.num_terms++], t);
@@ -93,25 +105,37 @@ bool read(Step& s, const int64_t* words, double scale) {
   tensor += call.predictions * (2 + dims);
   const int64_t* guide = call.guided ? next_tensor() : nullptr;
   const int64_t* noise = call.has_noise ? next_tensor() : nullptr;
-  const int64_t* denoised = call.predicts ? next_tensor() : nullptr;
+  const int64_t* denoised = writes_prediction(call) ? next_tensor() : nullptr;
   const int64_t* out = next_tensor();
+  if (call.density && (call.ring || (row && row[kWNoise] == 0))) return false;
   for (int64_t k = 0; k < uses; ++k) add_term(kWD + k, call.ring && k > 0 ? denoised : history + k * (2 + dims));
   if (guide) add_operand(s, a.guide, guide);
   if (guide && call.cfg_pp) add_term(kWGuide, guide);
   if (noise) add_term(kWNoise, noise);
   if (denoised) add_operand(s, a.denoised, denoised);
+  for (int k = 0; k < kMaxTerms + 2; ++k) {
+    if (call.wanted >> k & 1) add_operand(s, s.density.gradients[k], next_tensor());
+  }
+  a.out.dtype = static_cast<DType>(out[1]);
   add_operand(s, a.out, out);
 
   a.numel = 1;
   for (int d = 0; d < dims; ++d) a.numel *= sizes[d];
-  if (row ? row[kWNoise] != 0 : true) a.drawn.source = static_cast<Noise>(call.source);
+  if (call.density < kOfSample && (!row || row[kWNoise] != 0)) a.drawn.source = static_cast<Noise>(call.source);
   a.drawn.seeds = reinterpret_cast<const int64_t*>(call.seeds);
   a.drawn.seed = (uint64_t)call.seed;
   a.drawn.torch_threads = call.torch_threads;
   a.drawn.torch_offset = (uint64_t)call.torch_offset;
-  a.batched = a.drawn.source == Noise::portable || a.rows.index_stride || a.rows.scales;
-  if (a.numel == 0) return true;
-  set_shape(a, s.views, s.count, sizes, dims, call.sharded ? Whole{whole, whole + dims - 1} : Whole{});
+  s.sums = call.density != 0;
+  a.batched = s.sums || a.drawn.source == Noise::portable || a.rows.index_stride || a.rows.scales;
+  if (a.numel == 0) return !s.sums;
+  set_shape(a, s.views, s.count, sizes, dims, call.sharded ? Whole{whole, whole + dims - 1} : Whole{}, s.sums);
+  if (s.sums) {
+    s.density.what = static_cast<Density>(call.density - 1);
+    s.density.mean = call.mean != 0;
+    s.density.log_prob = reinterpret_cast<double*>(call.log_prob);
+    s.density.sums = reinterpret_cast<double*>(call.sums);
+  }
   return true;
 }
 
@@ -149,7 +173,8 @@ bool words_of(const int64_t* objects, const ExchangeAPI* api, int64_t* words) {
   ersde_call call;
   std::memcpy(&call, objects, sizeof call);
   objects += sizeof call / sizeof(int64_t);
-  const int64_t count = 2 + call.predictions + call.guided + call.has_noise + call.predicts;
+  int64_t count = 2 + call.predictions + call.guided + call.has_noise + writes_prediction(call);
+  for (int k = 0; k < kMaxTerms + 2; ++k) count += call.wanted >> k & 1;
   const auto device_of = [](const Tensor& t) { return t.device_type == kPinned ? kOnCPU : t.device_type; };
   int64_t* next = words + sizeof call / sizeof(int64_t);
   Tensor x;
@@ -158,7 +183,7 @@ bool words_of(const int64_t* objects, const ExchangeAPI* api, int64_t* words) {
     if (api->tensor_of_object(reinterpret_cast<void*>(objects[k]), &t)) return false;
     if (k == 0) {
       x = t;
-      if (x.dims >= kMaxDims || count > kMaxOperands) return false;
+      if (x.dims >= kMaxDims || count > kMaxViews) return false;
       call.dims = x.dims;
       std::memcpy(words, &call, sizeof call);
       next = std::copy_n(x.sizes, x.dims, next);
@@ -197,13 +222,22 @@ using CaptureInfo = int (*)(void* stream, int* status, uint64_t* id, void** grap
 constexpr int kProgrammaticStreamSerialization = 6;
 constexpr const char* kVectorTypes[] = {"float", "__nv_bfloat16", "__half"};
 constexpr const char* kSources[] = {"none", "portable", "torch"};
+constexpr const char* kDensities[] = {"of_step", "of_step", "of_step", "of_sample", "gradients"};  // of_step with each source of noise
 constexpr int kElementKernels = 3 * kMaxVectorTerms * 3 * 2, kPlanKernel = kElementKernels + 4;
-static_assert(kPlanKernel + 1 == ersde_kernels);
+constexpr int kDensityKernels = kPlanKernel + 1, kDensityElements = kDensityKernels + 3 * 5, kSumsKernel = kDensityElements + 2;
+static_assert(kSumsKernel + 1 == ersde_kernels);
+
+int vector_type(DType t) { return t == DType::float32 ? 0 : t == DType::bfloat16 ? 1 : 2; }
 
 int kernel_of(const StepLaunch& l) {
   if (!l.vectors) return kElementKernels + 2 * l.float64 + l.large;
-  const int type = l.dtype == DType::float32 ? 0 : l.dtype == DType::bfloat16 ? 1 : 2;
-  return ((type * kMaxVectorTerms + l.terms - 1) * 3 + (int)l.source) * 2 + l.predicts;
+  return ((vector_type(l.dtype) * kMaxVectorTerms + l.terms - 1) * 3 + (int)l.source) * 2 + l.predicts;
+}
+
+int kernel_of(const LogProbLaunch& l) {
+  if (!l.vectors) return kDensityElements + l.float64;
+  const int which = l.what == Density::of_step ? (int)l.source : 2 + (int)l.what;
+  return kDensityKernels + 5 * vector_type(l.dtype) + which;
 }
 
 // As has_a_kernel_before of er_sde_launch.h.
@@ -229,6 +263,19 @@ int launch(ersde_device* device, int kernel, const unsigned (&grid)[2], unsigned
   const int error = reinterpret_cast<LaunchKernelEx>(device->launch)(&config, device->kernels[kernel], parameters, nullptr);
   if (error) device->error = error;
   return error ? ersde_failed : 0;
+}
+
+int log_prob_cuda(const LogProbArgs& a, ersde_device* device, void* stream) {
+  const LogProbLaunch l = launch_of(a, (int)device->multiprocessors);
+  const void* arguments = l.vectors ? static_cast<const void*>(&l.vector) : l.elements;
+  for (const int kernel : {kernel_of(l), kSumsKernel}) {  // both are there before either runs
+    if (device->kernels[kernel] || (kernel == kSumsKernel && !l.sums)) continue;
+    device->wanted = kernel;
+    return ersde_needs_kernel;
+  }
+  const int answer = launch(device, kernel_of(l), l.grid, kThreads, arguments, stream, device->early != 0);
+  if (answer || !l.sums) return answer;
+  return launch(device, kSumsKernel, {(unsigned)a.step.sizes[0], 1}, kSumLanes, &l.last, stream, device->early != 0);
 }
 
 template <typename Enum, size_t n>
@@ -275,16 +322,27 @@ int ersde_step(const int64_t* call, double scale, int64_t begin, int64_t end) {
   if (begin == end) return 0;
   for (int64_t b = 0; s.args.rows.index_stride && b < s.batch; ++b) {
     const double* row = row_of(s.args.rows, b);
-    if (!row || std::isnan(row[kWX])) return ersde_not_plain;
+    if (!row || std::isnan(row[kWX]) || (s.sums && row[kWNoise] == 0)) return ersde_not_plain;
   }
-  if (s.args.numel) step_cpu(s.args, begin, end < 0 ? s.args.numel : end);
+  if (s.sums) log_prob_cpu(s.density, begin, end < 0 ? s.args.sizes[0] * segments_of(s.args) : end);
+  else if (s.args.numel) step_cpu(s.args, begin, end < 0 ? s.args.numel : end);
   return 0;
 }
+
+int ersde_log_prob_sums(const int64_t* call, double scale) {
+  Step s;
+  if (!read(s, call, scale)) return ersde_not_plain;
+  if (s.density.what != Density::gradients) log_prob_sums_cpu(s.density);
+  return 0;
+}
+
+int64_t ersde_segments(int64_t size) { return ceil_div(size, kSegment); }
 
 int ersde_step_cuda(const int64_t* call, double scale, ersde_device* device, void* stream) {
   Step s;
   if (!read(s, call, scale)) return ersde_not_plain;
   if (s.args.numel == 0) return 0;
+  if (s.sums) return log_prob_cuda(s.density, device, stream);
   const StepLaunch l = launch_of(s.args, (int)device->multiprocessors);
   const void* arguments = l.vectors ? static_cast<const void*>(&l.vector) : l.elements;
   return launch(device, kernel_of(l), l.grid, kThreads, arguments, stream, device->early != 0);
@@ -297,7 +355,9 @@ int ersde_words(const int64_t* objects, const void* api, int64_t* words) {
 int ersde_step_objects(const int64_t* objects, double scale, const void* api) {
   int64_t words[ersde_most_words];
   const int answer = ersde_words(objects, api, words);
-  return answer ? answer : ersde_step(words, scale, 0, -1);
+  if (answer) return answer;
+  const int step = ersde_step(words, scale, 0, -1);
+  return step || !has_density(words) ? step : ersde_log_prob_sums(words, scale);
 }
 
 int ersde_step_objects_cuda(const int64_t* objects, double scale, const void* api, ersde_device* device) {
@@ -312,6 +372,14 @@ int ersde_step_objects_cuda(const int64_t* objects, double scale, const void* ap
 const char* ersde_kernel_name(int kernel) {
   static thread_local char name[128];
   if (kernel == kPlanKernel) return "ersde::plan_rows";
+  if (kernel == kSumsKernel) return "ersde::log_prob_sums";
+  if (kernel >= kDensityElements) return kernel == kDensityElements ? "ersde::log_prob_elements<float>" : "ersde::log_prob_elements<double>";
+  if (kernel >= kDensityKernels) {
+    const int type = (kernel - kDensityKernels) / 5, which = (kernel - kDensityKernels) % 5;
+    std::snprintf(name, sizeof name, "ersde::log_prob_vectors<%s, ersde::Density::%s, ersde::Noise::%s>", kVectorTypes[type], kDensities[which],
+                  kSources[which < 3 ? which : 0]);
+    return name;
+  }
   if (kernel >= kElementKernels) {
     const int which = kernel - kElementKernels;
     std::snprintf(name, sizeof name, "ersde::step_elements<%s, %s>", which / 2 ? "double" : "float", which % 2 ? "uint64_t" : "uint32_t");

@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define ERSDE_C_VERSION 1
+#define ERSDE_C_VERSION 2
 
 #if defined(_WIN32)
 #define ERSDE_API __declspec(dllexport)
@@ -35,9 +35,15 @@ struct ersde_call {
   int64_t ring, ring_stride;  // slots, bytes between them
   int64_t source;       // of drawn noise: 0 none, 1 portable, 2 torch's on CUDA
   int64_t seeds, seed, torch_threads, torch_offset;
+  int64_t density;      // 0 none; the log-density 1 with the step, 2 of a next sample that is given, 3 its gradients
+  int64_t mean;         // over the elements of a sample; or their sum
+  int64_t log_prob;     // float64 [batch] to write; where gradients are wanted, what they are multiplied by
+  int64_t sums;         // float64 [batch ersde_segments(elements of a sample)], for the kernels' own use
+  int64_t wanted;       // gradients: bit 0 with respect to x, 1 + k to prediction k, ersde_of_guide to the guide, ersde_of_next to the next sample
 };
 // Each tensor is its address, its dtype (0 float32, 1 float64, 2 bfloat16, 3 float16) and its strides in elements. In this order:
-// x, the history, the guide, the noise, the prediction (with a ring its first slot), the next sample.
+// x, the history, the guide, the noise, the prediction (with a ring its first slot), the next sample, the gradients by their bits.
+enum { ersde_of_guide = 8, ersde_of_next = 9 };
 
 // What a step answers, where it is not 0.
 enum ersde_answer {
@@ -51,7 +57,7 @@ enum ersde_answer {
 };
 
 // A CUDA device, for launches through its driver: what is loaded of its kernels.
-enum { ersde_kernels = 131 };
+enum { ersde_kernels = 149 };
 struct ersde_device {
   void *launch, *capture_info;     // the driver's cuLaunchKernelEx and cuStreamGetCaptureInfo_v3
   int64_t index, multiprocessors, early;  // early: whether kernels may start while the one before ends
@@ -61,8 +67,11 @@ struct ersde_device {
 
 ERSDE_API int ersde_version(void);
 
-// Elements [begin, end) of a step on the CPU, in row-major order; an end below 0 is all. Threads may share out a call.
+// Elements [begin, end) of a step on the CPU, in row-major order; an end below 0 is all. Threads may share out a call. With a density
+// they are segments, of all samples one after another, and behind all of them ersde_log_prob_sums is called.
 ERSDE_API int ersde_step(const int64_t* call, double scale, int64_t begin, int64_t end);
+ERSDE_API int ersde_log_prob_sums(const int64_t* call, double scale);
+ERSDE_API int64_t ersde_segments(int64_t size);
 
 // The step on a CUDA device, whose context is current.
 ERSDE_API int ersde_step_cuda(const int64_t* call, double scale, struct ersde_device* device, void* stream);
@@ -70,12 +79,12 @@ ERSDE_API int ersde_step_cuda(const int64_t* call, double scale, struct ersde_de
 // The same for tensors that are Python's objects, which `api`, a DLPackExchangeAPI (DLPack 1), says all of. Behind the words of
 // ersde_call, whose dims are not read, comes then the address of each object, and behind them the whole sample. Who calls holds the
 // interpreter's lock. `words` takes the call that the functions above read, of at most ersde_most_words.
-enum { ersde_most_words = 256 };
+enum { ersde_most_words = 512 };
 ERSDE_API int ersde_words(const int64_t* objects, const void* api, int64_t* words);
 ERSDE_API int ersde_step_objects(const int64_t* objects, double scale, const void* api);
 ERSDE_API int ersde_step_objects_cuda(const int64_t* objects, double scale, const void* api, struct ersde_device* device);
 
-// The expression in C++ that names a kernel of er_sde_step.cu (the last: of er_sde_plan.cu); the empty one where there is none.
+// The expression in C++ that names a kernel; the empty one where there is none.
 ERSDE_API const char* ersde_kernel_name(int kernel);
 
 // A plan's table and schedule, as PlanArgs of er_sde_plan.h; dtypes as above, names as Python's.

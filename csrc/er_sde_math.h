@@ -39,6 +39,13 @@ ERSDE_FN double mul_(double a, double b) {
   return a * b;
 #endif
 }
+ERSDE_FN double add_(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
 
 ERSDE_FN float as_float(uint32_t bits) {
 #ifdef __CUDA_ARCH__

@@ -14,6 +14,7 @@ namespace {
 #include "er_sde_vectors.h"
 
 constexpr int kMaxOperands = kMaxTerms + 3;  // out, and of a step that predicts the prediction and the guide
+constexpr int kMaxViews = 2 * kMaxOperands;  // and gradients of them
 
 // A tensor's strides, in elements, and what the kernel is told of it.
 struct View {
@@ -35,10 +36,10 @@ inline bool is_contiguous(const int64_t* sizes, const int64_t* strides, int dims
   return true;
 }
 
-// Sizes, and strides of every operand (out last), adjacent dimensions merged where all allow it. A drawn stream counts
-// positions, so the order of the dimensions is kept; where samples differ the batch stays dimension 0 too. Otherwise dimensions
+// Sizes, and strides of every operand (out last), adjacent dimensions merged where all allow it. A drawn stream and a log-density
+// count positions, so the order of the dimensions is kept; where samples differ the batch stays dimension 0 too. Otherwise dimensions
 // are ordered by the strides of out, so that channels_last is walked as it lies.
-inline void set_shape(StepArgs& a, const View* views, int count, const int64_t* sizes, int dims, const Whole& whole) {
+inline void set_shape(StepArgs& a, const View* views, int count, const int64_t* sizes, int dims, const Whole& whole, bool sums = false) {
   const bool portable = a.drawn.source == Noise::portable;
   const int64_t* out_strides = views[count - 1].strides;
   std::array<int, kMaxDims> order{};
@@ -46,7 +47,7 @@ inline void set_shape(StepArgs& a, const View* views, int count, const int64_t* 
   for (int d = 0; d < dims; ++d) {
     if (sizes[d] != 1 || (a.batched && d == 0)) order[kept++] = d;
   }
-  if (a.drawn.source == Noise::none && !is_contiguous(sizes, out_strides, dims)) {
+  if (a.drawn.source == Noise::none && !sums && !is_contiguous(sizes, out_strides, dims)) {
     const auto longer = [&](int i, int j) { return out_strides[i] > out_strides[j]; };
     const auto first = order.begin() + (a.batched && kept > 0);
     for (auto it = first; it < order.begin() + kept; ++it) std::rotate(std::upper_bound(first, it, *it, longer), it, it + 1);
@@ -111,12 +112,25 @@ struct StepLaunch {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether an operand can be read as 16 bytes at a time: of that type, contiguous in whole samples and aligned; or there is none.
+inline bool fits_vectors(const Operand& o, const StepArgs& a) {
+  const DType t = a.out.dtype;
+  const int64_t item = size_of(t), last = a.ndim - 1;
+  return !o.data || (o.dtype == t && (uintptr_t)o.data % 16 == 0 && (o.strides[last] == item || a.sizes[last] == 1) &&
+                     (a.ndim == 1 || a.sizes[0] == 1 || o.strides[0] == item * a.sizes[1]));
+}
+inline bool operands_fit_vectors(const StepArgs& a) {
+  if (a.out.dtype == DType::float64 || a.float64 || a.num_terms == 0 || a.rows.ring_stride % 16 != 0) return false;
+  for (int k = 0; k < a.num_terms; ++k) {
+    if (!fits_vectors(a.terms[k], a)) return false;
+  }
+  return fits_vectors(a.out, a) && fits_vectors(a.denoised, a) && fits_vectors(a.guide, a);
+}
+
 // Whether step_vectors can run this: one 2- or 4-byte type, contiguous and aligned; where samples differ, whole samples, and
 // not torch's stream, which runs across them.
 inline bool fits_vectors(const StepArgs& a) {
-  const DType t = a.out.dtype;
-  const int64_t item = size_of(t), vector = 16 / item, last = a.ndim - 1;
-  if (t == DType::float64 || a.float64 || a.num_terms == 0 || a.rows.ring_stride % 16 != 0) return false;
+  const int64_t vector = 16 / size_of(a.out.dtype);
   if (a.num_terms + (a.drawn.source != Noise::none) > kMaxVectorTerms) return false;
   if (a.batched) {
     const bool one = a.sizes[0] == 1;
@@ -125,14 +139,7 @@ inline bool fits_vectors(const StepArgs& a) {
   } else if (a.ndim != 1) {
     return false;
   }
-  const auto fits = [&](const Operand& o) {
-    return !o.data || (o.dtype == t && (uintptr_t)o.data % 16 == 0 && (o.strides[last] == item || a.sizes[last] == 1) &&
-                       (a.ndim == 1 || a.sizes[0] == 1 || o.strides[0] == item * a.sizes[1]));
-  };
-  for (int k = 0; k < a.num_terms; ++k) {
-    if (!fits(a.terms[k])) return false;
-  }
-  return fits(a.out) && fits(a.denoised) && fits(a.guide);
+  return operands_fit_vectors(a);
 }
 
 inline VectorArgs vector_args_of(const StepArgs& a) {
@@ -176,6 +183,58 @@ inline StepLaunch launch_of(const StepArgs& a, int multiprocessors) {
     l.grid[0] = (unsigned)std::min(ceil_div(ceil_div(l.vector.size, each), kThreads), ceil_div(most, samples));
     l.grid[1] = (unsigned)samples;
   }
+  return l;
+}
+
+// The two launches of a log-density.
+struct LogProbLaunch {
+  bool vectors;  // log_prob_vectors<T, Density, Noise> of `vector`; or log_prob_elements<A> of `elements`, A double or float
+  DType dtype;
+  Density what;
+  Noise source;
+  bool float64;
+  unsigned grid[2];
+  LogProbVectorArgs vector;
+  const LogProbArgs* elements;
+  bool sums;  // whether log_prob_sums of `last` follows, in a block for each sample
+  LogProbSumsArgs last;
+};
+
+// Samples whose positions are groups of four, of one 2- or 4-byte type, contiguous and aligned.
+inline bool fits_vectors(const LogProbArgs& a) {
+  const StepArgs& s = a.step;
+  if (s.ndim != 2 || s.first_position != 0 || s.sizes[1] % 4 != 0 || !operands_fit_vectors(s)) return false;
+  return std::all_of(std::begin(a.gradients), std::end(a.gradients), [&](const Operand& o) { return fits_vectors(o, s); });
+}
+
+inline LogProbLaunch launch_of(const LogProbArgs& a, int multiprocessors) {
+  const StepArgs& s = a.step;
+  const int64_t batch = s.sizes[0], segments = segments_of(s), most = (int64_t)multiprocessors * kBlocksPerMultiprocessor;
+  LogProbLaunch l{};
+  l.vectors = fits_vectors(a);
+  l.what = a.what;
+  l.float64 = s.float64;
+  l.elements = &a;
+  l.dtype = s.out.dtype;
+  l.source = a.what == Density::of_step ? s.drawn.source : Noise::none;
+  if (l.vectors) {
+    l.vector.step = vector_args_of(s);
+    l.vector.num_terms = s.num_terms;
+    l.vector.batch = batch;
+    l.vector.log_prob = a.log_prob;
+    l.vector.sums = a.sums;
+    for (int k = 0; k < kMaxTerms + 2; ++k) l.vector.gradients[k] = a.gradients[k].data;
+    if (known_to_host(s.rows)) l.vector.gaussian = gaussian_of(s.rows, 0);
+  }
+  l.grid[0] = (unsigned)std::min(segments, most);
+  l.grid[1] = (unsigned)std::min(batch, ceil_div(most, l.grid[0]));
+  l.sums = a.what != Density::gradients;
+  l.last.rows = s.rows;
+  l.last.sums = a.sums;
+  l.last.log_prob = a.log_prob;
+  l.last.size = s.numel / batch;
+  l.last.mean = a.mean;
+  if (known_to_host(s.rows)) l.last.gaussian = gaussian_of(s.rows, 0);
   return l;
 }
 

@@ -67,3 +67,38 @@ ERSDE_FN int64_t ring_offset(const Rows& r, int slot, int age) {
 ERSDE_FN int64_t term_offset(const Rows& r, int slot, int k) {
   return r.ring && k > 1 && k <= r.predictions ? ring_offset(r, slot, k - 1) : 0;
 }
+
+// The Gaussian that a step draws from: its mean is the sum of w[k] term[k], with a model's output unrounded, behind which comes the
+// guide's share. Added and multiplied apart, without fma, as PyTorch's operators do: the reference has the same bits.
+struct Gaussian {
+  double w[kMaxTerms], guide;
+  double inverse, log_std;  // of its standard deviation: NaN where the step adds no noise
+};
+
+ERSDE_FN Gaussian gaussian_of(const Rows& r, int64_t b) {
+  const auto c = coefficients_of<double, kMaxTerms>(r, b);
+  Gaussian g{};
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int k = 0; k < kMaxTerms; ++k) {
+    if (r.columns[k] == kWGuide) g.guide = c.w[k];
+    else if (r.columns[k] != kWNoise) g.w[k] = c.w[k];
+  }
+  if (r.predicts) {
+    g.w[0] = add_(g.w[0], mul_(g.w[1], c.p[0]));
+    g.guide = add_(g.guide, mul_(g.w[1], c.p[2]));
+    g.w[1] = mul_(g.w[1], c.p[1]);
+  }
+  const double std = c.noise > 0 ? c.noise : (double)NAN;
+  g.inverse = 1 / std;
+  g.log_std = log(std);
+  return g;
+}
+
+// The log-density of a sample of `size` elements, or its mean over them, from the sum of the squares of (sample - mean) / std.
+ERSDE_FN double log_prob_of(const Gaussian& g, double squares, int64_t size, bool mean) {
+  constexpr double kHalfLogTwoPi = 0.9189385332046728;
+  const double density = add_(-squares / 2, -mul_((double)size, add_(g.log_std, kHalfLogTwoPi)));
+  return mean ? density / (double)size : density;
+}

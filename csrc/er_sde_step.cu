@@ -5,22 +5,7 @@
 //                  specialised by the number of terms and the source of noise;
 //   step_elements  everything else: dtypes, strides and shards known at run time, one element at a time.
 // No shared memory, no atomics, no torch header; a machine without a GPU compiles this file as C++ and runs it in tests.
-#include "er_sde_launch.h"
-#include "er_sde_step.h"
-#ifdef __CUDACC_RTC__  // kernels alone
-namespace ersde {
-namespace {
-#include "er_sde_math.h"
-#include "er_sde_rows.h"
-#include "er_sde_vectors.h"
-}  // namespace
-}  // namespace ersde
-#else
-#include "er_sde_prepare.h"
-#endif
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "er_sde_elements.h"
 
 namespace ersde {
 namespace {
@@ -79,29 +64,9 @@ __device__ __forceinline__ void unpack_as(uint4 v, float (&f)[N]) {
   else unpack_bfloat16(v, f);
 }
 
-__device__ __forceinline__ float load(const float* p) { return *p; }
-__device__ __forceinline__ float load(const __nv_bfloat16* p) { return __bfloat162float(*p); }
-__device__ __forceinline__ float load(const __half* p) { return __half2float(*p); }
-__device__ __forceinline__ void store(float* p, float v) { *p = v; }
-__device__ __forceinline__ void store(__nv_bfloat16* p, float v) { *p = __float2bfloat16_rn(v); }
-__device__ __forceinline__ void store(__half* p, float v) { *p = __float2half_rn(v); }
-// Torch rounds the noise itself to the tensor's type before anything is done with it.
-__device__ __forceinline__ float rounded(float v, __nv_bfloat16) { return __bfloat162float(__float2bfloat16_rn(v)); }
-__device__ __forceinline__ float rounded(float v, __half) { return __half2float(__float2half_rn(v)); }
-
 template <int K>
 __device__ __forceinline__ Coefficients<float> coefficients(const VectorArgs& a, int64_t b) {
   return known_to_host(a.rows) ? a.coefficients : coefficients_of<float, K>(a.rows, b);
-}
-
-// The keys of a seed, in registers for a whole loop: without the barrier the compiler adds them up anew for every group.
-__device__ __forceinline__ Keys kept_keys(uint64_t seed) {
-  Keys keys = keys_of(seed);
-#ifdef __CUDA_ARCH__
-#pragma unroll
-  for (int round = 0; round < 10; ++round) asm volatile("" : "+r"(keys.first[round]), "+r"(keys.second[round]));
-#endif
-  return keys;
 }
 
 // The terms of one vector, and the guide behind them.
@@ -329,27 +294,6 @@ __global__ void __launch_bounds__(kThreads, torch_blocks(K, Predicts)) step_vect
   }
 }
 
-template <typename A>
-__device__ __forceinline__ A load_any(const char* p, DType t) {
-  switch (t) {
-    case DType::float32: return (A)*reinterpret_cast<const float*>(p);
-    case DType::float64: return (A)*reinterpret_cast<const double*>(p);
-    case DType::bfloat16: return (A)load(reinterpret_cast<const __nv_bfloat16*>(p));
-    case DType::float16: return (A)load(reinterpret_cast<const __half*>(p));
-  }
-  return A(0);
-}
-
-template <typename A>
-__device__ __forceinline__ void store_any(char* p, DType t, A v) {
-  switch (t) {
-    case DType::float32: *reinterpret_cast<float*>(p) = (float)v; return;
-    case DType::float64: *reinterpret_cast<double*>(p) = (double)v; return;
-    case DType::bfloat16: store(reinterpret_cast<__nv_bfloat16*>(p), (float)v); return;
-    case DType::float16: store(reinterpret_cast<__half*>(p), (float)v); return;
-  }
-}
-
 // Any dtypes, strides and shards: accumulates in A, indices in I (32 bits where the number of elements allows).
 template <typename A, typename I>
 __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant__ StepArgs a) {
@@ -357,66 +301,13 @@ __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant_
   wait_for_the_kernel_before();
   Coefficients<A> c = coefficients_of<A, kMaxTerms>(a.rows, 0);
   const bool varies = a.rows.index_stride != 0 || a.rows.scales;
-  const bool predicts = a.rows.predicts;
   const int slot = ring_slot(a.rows);
-  const uint64_t torch_seed = a.drawn.torch_seed_pointer ? (uint64_t)*a.drawn.torch_seed_pointer : a.drawn.seed;
-  const uint64_t torch_offset =
-      a.drawn.torch_offset + (a.drawn.torch_offset_pointer ? (uint64_t)*a.drawn.torch_offset_pointer : 0u);
+  const TorchState torch = torch_state(a.drawn);
   const int64_t threads = (int64_t)gridDim.x * kThreads;
   for (int64_t e = (int64_t)blockIdx.x * kThreads + threadIdx.x; e < a.numel; e += threads) {
-    int64_t offset[kMaxTerms] = {}, out_offset = 0, denoised_offset = ring_offset(a.rows, slot, 0), guide_offset = 0;
-    int64_t position = a.first_position, b = 0;
-    I rest = (I)e;
-#pragma unroll 1
-    for (int d = a.ndim - 1; d >= 0; --d) {
-      const I size = (I)a.sizes[d], index = d ? rest % size : rest;
-      rest /= size;
-      for (int k = 0; k < kMaxTerms; ++k) {
-        if (k < a.num_terms) offset[k] += (int64_t)index * a.terms[k].strides[d];
-      }
-      out_offset += (int64_t)index * a.out.strides[d];
-      denoised_offset += (int64_t)index * a.denoised.strides[d];
-      guide_offset += (int64_t)index * a.guide.strides[d];
-      position += (int64_t)index * a.position_strides[d];
-      b = (int64_t)index;
-    }
-    if (varies) c = coefficients_of<A, kMaxTerms>(a.rows, b);
-    A predicted = A(-0.0);
-    if (predicts) {
-      if (c.p[0] != 0) predicted = fma_(c.p[0], load_any<A>(a.terms[0].data + offset[0], a.terms[0].dtype), predicted);
-      if (c.p[1] != 0) predicted = fma_(c.p[1], load_any<A>(a.terms[1].data + offset[1], a.terms[1].dtype), predicted);
-      if (c.p[2] != 0) predicted = fma_(c.p[2], load_any<A>(a.guide.data + guide_offset, a.guide.dtype), predicted);
-      store_any<A>(a.denoised.data + denoised_offset, a.denoised.dtype, predicted);
-      predicted = load_any<A>(a.denoised.data + denoised_offset, a.denoised.dtype);
-    }
-    A y = A(-0.0);
-#pragma unroll
-    for (int k = 0; k < kMaxTerms; ++k) {
-      if (k >= a.num_terms || c.w[k] == 0) continue;
-      const char* p = a.terms[k].data + offset[k] + term_offset(a.rows, slot, k);
-      const A term = predicts && k == 1 ? predicted : load_any<A>(p, a.terms[k].dtype);
-      y = fma_(c.w[k], term, y);
-    }
-    if (a.drawn.source != Noise::none && c.noise != 0) {
-      A z;
-      if (a.drawn.source == Noise::portable) {
-        const uint64_t seed = a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * b] : a.drawn.seed;
-        const uint64_t sample = a.drawn.seeds ? (uint64_t)a.drawn.seeds[2 * b + 1] : (uint64_t)b;
-        float z0, z1, z2, z3;
-        portable_normals(keys_of(seed), portable_counter((uint64_t)position / 4, c.counter, sample), z0, z1, z2, z3);
-        const int lane = (int)(position % 4);
-        z = (A)(lane == 0 ? z0 : lane == 1 ? z1 : lane == 2 ? z2 : z3);
-      } else if (a.out.dtype == DType::float64) {
-        z = (A)torch_normal_double(torch_seed, torch_offset, (uint64_t)a.drawn.torch_threads, (uint64_t)e);
-      } else {
-        const float drawn = torch_normal(torch_seed, torch_offset, (uint64_t)a.drawn.torch_threads, (uint64_t)e);
-        z = (A)(a.out.dtype == DType::bfloat16  ? rounded(drawn, __nv_bfloat16())
-                : a.out.dtype == DType::float16 ? rounded(drawn, __half())
-                                                : drawn);
-      }
-      y = fma_(c.noise, z, y);
-    }
-    store_any<A>(a.out.data + out_offset, a.out.dtype, y);
+    const Place at = place_of<I>(a, slot, e);
+    if (varies) c = coefficients_of<A, kMaxTerms>(a.rows, at.b);
+    step_element(a, c, at, slot, torch, e);
   }
 }
 
@@ -424,18 +315,6 @@ __global__ void __launch_bounds__(kThreads) step_elements(const __grid_constant_
 
 #ifndef __CUDACC_RTC__  // the launches
 namespace {
-
-// Calls f with a value of the type that holds 2- or 4-byte numbers; float64 has no vectors.
-template <typename F>
-bool with_vector_type(DType t, const F& f) {
-  switch (t) {
-    case DType::float32: f(float()); return true;
-    case DType::bfloat16: f(__nv_bfloat16()); return true;
-    case DType::float16: f(__half()); return true;
-    case DType::float64: return false;
-  }
-  return false;
-}
 
 template <typename T, int K, bool Predicts>
 bool launch_vectors(const StepLaunch& l, const Launch& on) {

@@ -116,6 +116,33 @@ struct Launch {
 // The whole step on the current CUDA device; nullptr, or what the launch said.
 const char* step_cuda(const StepArgs& args, const Launch& on);
 
+// ---- the log-density of the Gaussian that a step draws from ----
+
+// Positions of a sample that are summed together; and the lanes that add up what segments sum to. The order of every sum is fixed by
+// them and by the size of a sample, so that its log-density has the same bits in any batch, on any device.
+constexpr int kSegment = 1024, kSumLanes = 1024;
+
+enum class Density : int32_t { of_step, of_sample, gradients };
+
+struct LogProbArgs {
+  StepArgs step;     // batched; its `out` is the next sample, which of_step writes and the others read
+  Density what;
+  bool mean;         // over the elements of a sample; or their sum
+  double* log_prob;  // [batch]; of gradients what they are multiplied by
+  double* sums;      // [batch, segments of a sample], for the kernels' own use
+  Operand gradients[kMaxTerms + 2];  // with respect to each term, the guide and the next sample; without data those not wanted
+};
+
+// Of a sample; the batch is dimension 0.
+constexpr int64_t segments_of(const StepArgs& a) { return (a.numel / a.sizes[0] + kSegment - 1) / kSegment; }
+
+// Segments [begin, end) of all samples, and then the log-densities from their sums.
+void log_prob_cpu(const LogProbArgs& args, int64_t begin, int64_t end);
+void log_prob_sums_cpu(const LogProbArgs& args);
+
+// All of it on the current CUDA device; as step_cuda.
+const char* log_prob_cuda(const LogProbArgs& args, const Launch& on);
+
 // Pairs of normals from pairs of words, for tests of words that Philox gives too rarely.
 void box_muller_cpu(const uint32_t* a, const uint32_t* b, float* z0, float* z1, int64_t n);
 

@@ -18,6 +18,7 @@ namespace ersde {
 
 namespace plain {
 #include "er_sde_step_cpu_loop.h"
+#include "er_sde_log_prob_cpu_loop.h"
 }
 
 // On x86-64 the loops once more for each wider instruction set: the same operations in the same order, the same bits. Elsewhere
@@ -31,6 +32,7 @@ namespace plain {
 #endif
 namespace x86_64_v3 {
 #include "er_sde_step_cpu_loop.h"
+#include "er_sde_log_prob_cpu_loop.h"
 }
 #ifdef __clang__
 #pragma clang attribute pop
@@ -43,6 +45,7 @@ namespace x86_64_v3 {
 #endif
 namespace x86_64_v4 {
 #include "er_sde_step_cpu_loop.h"
+#include "er_sde_log_prob_cpu_loop.h"
 }
 #ifdef __clang__
 #pragma clang attribute pop
@@ -56,14 +59,15 @@ namespace {
 struct Kernels {
   const char* name;
   void (*step)(const StepArgs&, int64_t, int64_t);
+  void (*log_prob)(const LogProbArgs&, int64_t, int64_t);
   void (*torch_noise)(float*, uint64_t, uint64_t, int64_t, int64_t, int64_t);
   void (*box_muller)(const uint32_t*, const uint32_t*, float*, float*, int64_t);
 };
 
-const Kernels kPlain{"plain", plain::step, plain::torch_noise, plain::box_muller_row};
+const Kernels kPlain{"plain", plain::step, plain::log_prob, plain::torch_noise, plain::box_muller_row};
 #ifdef __x86_64__
-const Kernels kV3{"x86-64-v3", x86_64_v3::step, x86_64_v3::torch_noise, x86_64_v3::box_muller_row};
-const Kernels kV4{"x86-64-v4", x86_64_v4::step, x86_64_v4::torch_noise, x86_64_v4::box_muller_row};
+const Kernels kV3{"x86-64-v3", x86_64_v3::step, x86_64_v3::log_prob, x86_64_v3::torch_noise, x86_64_v3::box_muller_row};
+const Kernels kV4{"x86-64-v4", x86_64_v4::step, x86_64_v4::log_prob, x86_64_v4::torch_noise, x86_64_v4::box_muller_row};
 #endif
 
 #ifdef __x86_64__
@@ -109,6 +113,23 @@ bool use_instruction_set(InstructionSet set) {
 }
 
 void step_cpu(const StepArgs& args, int64_t begin, int64_t end) { chosen.load(std::memory_order_relaxed)->step(args, begin, end); }
+
+void log_prob_cpu(const LogProbArgs& args, int64_t begin, int64_t end) {
+  chosen.load(std::memory_order_relaxed)->log_prob(args, begin, end);
+}
+
+void log_prob_sums_cpu(const LogProbArgs& a) {
+  const int64_t size = a.step.numel / a.step.sizes[0], segments = segments_of(a.step);
+  for (int64_t b = 0; b < a.step.sizes[0]; ++b) {
+    const double* sums = a.sums + b * segments;
+    double lanes[kSumLanes] = {};
+    for (int64_t s = 0; s < segments; ++s) lanes[s % kSumLanes] += sums[s];
+    for (int half = kSumLanes / 2; half > 0; half /= 2) {
+      for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+    }
+    a.log_prob[b] = plain::log_prob_of(plain::gaussian_of(a.step.rows, b), lanes[0], size, a.mean);
+  }
+}
 
 void torch_noise_cpu(float* out, uint64_t seed, uint64_t offset, int64_t threads, int64_t first, int64_t n) {
   chosen.load(std::memory_order_relaxed)->torch_noise(out, seed, offset, threads, first, n);

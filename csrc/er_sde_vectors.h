@@ -1,4 +1,4 @@
-// What the vectorised kernels of er_sde_step.cu are told. Included where er_sde_rows.h is, after it.
+// What kernels are told beside StepArgs and LogProbArgs. Included where er_sde_rows.h is, after it.
 
 constexpr int kThreads = 256;
 
@@ -11,4 +11,24 @@ struct VectorArgs {
   Coefficients<float> coefficients;  // of every sample, where the host knows them
   Rows rows;
   Drawn drawn;
+};
+
+// What log_prob_vectors needs of LogProbArgs.
+struct LogProbVectorArgs {
+  VectorArgs step;
+  Gaussian gaussian;  // of every sample, where the host knows it
+  int num_terms;
+  int64_t batch;
+  const double* log_prob;  // what gradients are multiplied by
+  double* sums;
+  void* gradients[kMaxTerms + 2];
+};
+
+struct LogProbSumsArgs {
+  Rows rows;
+  Gaussian gaussian;
+  const double* sums;
+  double* log_prob;
+  int64_t size;
+  bool mean;
 };

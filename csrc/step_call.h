@@ -20,6 +20,10 @@ struct StepCall {
   py::handle cfg_pp = Py_False;                                    // whether the row may weigh the unconditional output too
   py::handle out = Py_None, ring = Py_None;
   py::handle global_shape = Py_None, global_start = Py_None, torch_layout = Py_None;
+  py::handle reduction = Py_None;  // "sum" or "mean": the log-density too, over the elements of a sample
+  py::handle x_next = Py_None;     // the log-density alone, of this sample
+  py::handle gradient = Py_None, gradients = Py_None;  // of it: float64 [batch], and tensors to write, or None: with respect to x, the history, the
+                                                      // unconditional output, x_next
   py::handle trusted = Py_False;  // whether the arguments have been checked, by a caller that is autograd's own where it matters
 };
 
@@ -44,6 +48,10 @@ StepKeyword kStepKeywords[] = {
     {"global_start", &StepCall::global_start, nullptr},
     {"torch_layout", &StepCall::torch_layout, nullptr},
     {"trusted", &StepCall::trusted, nullptr},
+    {"reduction", &StepCall::reduction, nullptr},
+    {"x_next", &StepCall::x_next, nullptr},
+    {"gradient", &StepCall::gradient, nullptr},
+    {"gradients", &StepCall::gradients, nullptr},
 };
 
 // Keywords are compared by their address first, which is that of the interned name.

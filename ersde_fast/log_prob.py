@@ -1,19 +1,25 @@
 """The log-density of a step: how likely the Gaussian that a step draws from makes a next sample."""
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .backends import CPU, CUDA
+from .backends.compiled import Compiled
+from .backends.library import is_unwatched
 from .noise import float64_device, has_values
 from .plan import Plan, PlanStack
-from .reference import linear_combination, mean_terms, prediction, row_of_request
+from .reference import linear_combination, per_sample, row_of_request
 from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_like, checked, known_row, model_output
 from .table import W_NOISE
 
 Reduction = Literal["sum", "mean"]
+SEGMENT, LANES = 1024, 1024  # of csrc/er_sde_step.h
+HALF_LOG_TWO_PI = 0.9189385332046728
 
 
 def step_log_prob(
@@ -32,7 +38,8 @@ def step_log_prob(
 
     What policy-gradient training of diffusion models needs: differentiable with respect to the predictions (or the model's
     output), x and x_next. All in float64, since one ulp of a float32 log-density of 65,536 elements is already 0.016; summed in
-    an order that depends on the number of elements of a sample alone, so a sample has the same bits in any batch.
+    an order that depends on the number of elements of a sample alone, so a sample has the same bits in any batch. In one pass of a
+    kernel where there is one, its gradients in another; `fast_step(..., return_log_prob=True)` has it in the step's own pass.
 
     Args:
         plan, i, x, history: of the step, as in `fast_step`; s_noise is part of the plan's w_noise.
@@ -59,20 +66,111 @@ def step_log_prob(
 
 
 def log_prob(request: StepRequest, x_next: Tensor, reduction: Reduction = "sum") -> Tensor:
-    """The log-density of the step of a request at x_next."""
-    row, x, history = row_of_request(request), request.x, request.history
+    """The log-density of the step of a request at x_next, by a kernel where one takes the tensors."""
+    backend = _kernel_for(request, x_next)
+    if backend is None:
+        return reference_log_prob(request, x_next, reduction)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x_next, *_terms(request))):
+        return _LogProb.apply(backend, request, reduction, x_next, *_terms(request))
+    result = backend.log_prob(request, x_next, reduction)
+    return reference_log_prob(request, x_next, reduction) if result is None else result
+
+
+def reference_log_prob(request: StepRequest, x_next: Tensor, reduction: Reduction = "sum") -> Tensor:
+    """The specification, in PyTorch's operators: the kernels have its bits."""
+    weights, std = _gaussian(request)
+    batch, size = _batch_and_size(x_next)
+    squares = _residual(weights, std, request, x_next).square().reshape(batch, size)
+    log_std = std.log().reshape(-1) if isinstance(std, Tensor) else math.log(std)
+    density = -_sum_of_segments(squares) / 2 - size * (log_std + HALF_LOG_TWO_PI)
+    return (density / size if reduction == "mean" else density).reshape(x_next.shape[:1])
+
+
+def _terms(request: StepRequest) -> list[Tensor]:
+    """What the mean is linear in."""
+    guide = None if request.output is None else request.output.unconditional
+    return [request.x, *request.history, *([] if guide is None else [guide])]
+
+
+def _gaussian(request: StepRequest) -> tuple[list, Any]:
+    """The weight of each term in the mean, with a model's output unrounded, and the standard deviation, which is NaN where the step
+    adds no noise: numbers, or tensors that broadcast with x."""
+    row = row_of_request(request)
+    weights: list[Any] = [row.w_x, *row.w_d[: len(request.history)]]
     if request.output is not None:
-        history = [prediction(row.prediction, x, history[0], request.output, torch.float64), *history[1:]]
-    mean = linear_combination(mean_terms(row, x, history, request.output), x, torch.float64)
-    if isinstance(w_noise := row.w_noise, Tensor):
-        w_noise = torch.where(w_noise > 0, w_noise, math.nan)
-        log_w_noise = w_noise.log().reshape(-1)
-    else:
-        log_w_noise = math.log(w_noise)
-    batch, size = (x.shape[0] if x.dim() else 1), math.prod(x.shape[1:])
-    squares = ((x_next.double() - mean) / w_noise).square().reshape(batch, size)
-    density = -_sum_of_pairs(squares) / 2 - size * (log_w_noise + math.log(2 * math.pi) / 2)
-    return (density / size if reduction == "mean" else density).reshape(x.shape[:1])
+        (p_x, p_m), newest, (unconditional, scale, cfg_pp) = row.prediction, weights[1], request.output
+        weights[0] = weights[0] + newest * p_x
+        weights[1] = newest * p_m
+        if unconditional is not None:
+            scale = per_sample(scale, request.x.dim()) if isinstance(scale, Tensor) else scale
+            weights[1] = newest * (p_m * scale)
+            weights.append((row.w_guide if cfg_pp else 0.0) + newest * (p_m * (1 - scale)))
+    std = row.w_noise
+    if isinstance(std, Tensor):
+        return weights, torch.where(std > 0, std, math.nan)
+    return weights, std if std > 0 else math.nan
+
+
+def _residual(weights: list, std, request: StepRequest, x_next: Tensor) -> Tensor:
+    """(x_next - mean) / std in float64."""
+    mean = linear_combination(zip(weights, _terms(request), strict=True), request.x, torch.float64)
+    inverse = 1 / std
+    return (x_next.double() - mean) * (inverse.to(x_next.device) if isinstance(inverse, Tensor) else inverse)
+
+
+def _batch_and_size(x: Tensor) -> tuple[int, int]:
+    return x.shape[0] if x.dim() else 1, math.prod(x.shape[1:])
+
+
+def _kernel_for(request: StepRequest, x_next: Tensor) -> Compiled | None:
+    """The backend whose kernel sums these tensors, which nobody else wants to see but autograd, backwards."""
+    backend = next((b for b in (CPU, CUDA) if b.name == request.x.device.type), None)
+    if torch.compiler.is_dynamo_compiling() or backend is None or not is_unwatched() or backend.unavailable() is not None:
+        return None
+    scale = None if request.output is None else request.output.scale
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        return None
+    return backend if x_next.numel() and backend.takes(request.x, [*_terms(request), x_next]) else None
+
+
+class _LogProb(torch.autograd.Function):
+    """The kernel's log-density and its gradients. In forward direction, and by torch.func, the specification is differentiated."""
+
+    @staticmethod
+    def forward(ctx, backend, request, reduction, x_next, *terms):
+        ctx.save_for_backward(x_next, *terms)
+        output = None if request.output is None else request.output._replace(unconditional=None)
+        ctx.guided = len(terms) > 1 + len(request.history)
+        ctx.backend, ctx.reduction, ctx.request = backend, reduction, request._replace(x=None, history=(), output=output)
+        result = backend.log_prob(request, x_next, reduction)
+        return reference_log_prob(request, x_next, reduction) if result is None else result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x_next, x, *history = ctx.saved_tensors
+        request = ctx.request
+        if ctx.guided:
+            request = request._replace(output=request.output._replace(unconditional=history.pop()))
+        request = request._replace(x=x, history=history)
+        _, _, _, *needed = ctx.needs_input_grad
+        needed, of = [*needed[1:], needed[0]], [*_terms(request), x_next]
+        batch, size = _batch_and_size(x_next)
+        if ctx.reduction == "mean":
+            gradient = gradient / size
+        gradients = None
+        if not torch.is_grad_enabled() and is_unwatched():
+            gradients = ctx.backend.log_prob_gradients(
+                request,
+                x_next,
+                gradient.reshape(batch).contiguous(),
+                [torch.empty_like(t) if n else None for t, n in zip(of, needed, strict=True)],
+            )
+        if gradients is None:
+            weights, std = _gaussian(request)
+            score = per_sample(gradient, x_next.dim()) * _residual(weights, std, request, x_next) / std
+            gradients = [(w * score).to(t.dtype) if n else None for w, t, n in zip([*weights, -1], of, needed, strict=True)]
+        *gradients, of_next = gradients
+        return None, None, None, of_next, *gradients
 
 
 def check_reduction(name: str, reduction) -> None:
@@ -97,13 +195,30 @@ def check_log_prob(plan, i, x: Tensor) -> None:
         )
 
 
-def _sum_of_pairs(values: Tensor) -> Tensor:
-    """[batch, n] to [batch]: halves added to halves, so that no device, thread count or batch changes the order."""
-    size = 1
-    while size < values.shape[1]:
-        size *= 2
-    values = torch.nn.functional.pad(values, (0, size - values.shape[1]))
-    while size > 1:
-        size //= 2
-        values = values.view(-1, 2, size).sum(1)
-    return values[:, 0]
+def _sum_of_segments(squares: Tensor) -> Tensor:
+    """[batch, n] to [batch], in an order that depends on n alone: that of csrc/er_sde_log_prob_cpu_loop.h and csrc/er_sde_log_prob.cu.
+
+    Segments of 1,024 positions: four neighbours, then eight by eight the 32 lanes of them, then halves of the lanes. What the
+    segments sum to is added up in 1,024 lanes, one after another, and halves of these.
+    """
+    lanes = _padded(squares, SEGMENT).unflatten(1, (-1, 8, 32, 4))
+    quads = (lanes[..., 0] + lanes[..., 1]) + (lanes[..., 2] + lanes[..., 3])
+    sums = _sum_of_halves(_sum_one_by_one(quads.unbind(2)))
+    return _sum_of_halves(_sum_one_by_one(_padded(sums, LANES).unflatten(1, (-1, LANES)).unbind(1)))
+
+
+def _padded(values: Tensor, multiple: int) -> Tensor:
+    """Zeros behind the values of the last dimension, to a multiple of that many, at least one."""
+    n = values.shape[-1]
+    return torch.nn.functional.pad(values, (0, -n % multiple if n else multiple))
+
+
+def _sum_one_by_one(values) -> Tensor:
+    return functools.reduce(torch.add, values)
+
+
+def _sum_of_halves(values: Tensor) -> Tensor:
+    """Over the last dimension, a power of two."""
+    while (half := values.shape[-1] // 2) > 0:
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]

@@ -125,6 +125,13 @@ def fast_step(
         if result is not None:
             return result
 
+    if return_log_prob and whole and out is None and backend is None:
+        result = _plain_with_log_prob(
+            plan, i, x, history, (noise, generator, seeds), (prediction_type, guidance, cfg_pp), log_prob_reduction
+        )
+        if result is not None:
+            return result
+
     check_reduction("log_prob_reduction", log_prob_reduction)
     if log_prob_reduction != "sum" and not return_log_prob:
         raise ValueError(f"log_prob_reduction={log_prob_reduction!r} needs return_log_prob=True")
@@ -162,6 +169,23 @@ def _output_if_plain(plan, prediction_type, guidance, cfg_pp) -> tuple | None:
         return None
     fits = table is not None and (cfg_pp is False or (cfg_pp is True and guidance is not None))
     return (table, unconditional, scale) if fits else None
+
+
+def _plain_with_log_prob(plan, i, x, history, source, output, reduction) -> tuple | None:
+    """A plain step and its log-density, by a compiled kernel in one pass; None where it is none of theirs."""
+    kernel, table = (CUDA if getattr(x, "is_cuda", False) else CPU).kernels, getattr(plan, "table", None)
+    if kernel is None or table is None or reduction not in ("sum", "mean"):
+        return None
+    unconditional = scale = None
+    if output != (None, None, False):
+        if (plain := _output_if_plain(plan, *output)) is None:
+            return None
+        table, unconditional, scale = plain
+    noise, generator, seeds = source
+    return kernel.step(
+        table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, predicts=output[0] is not None,
+        unconditional=unconditional, scale=scale, cfg_pp=output[2], reduction=reduction,
+    )  # fmt: skip
 
 
 def _and_log_prob(result, request: StepRequest, wanted: bool, reduction: Reduction):

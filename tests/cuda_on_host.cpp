@@ -3,6 +3,21 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "../csrc/er_sde_step.h"
+namespace ersde {
+namespace {
+struct LogProbVectorArgs;
+struct LogProbSumsArgs;
+}  // namespace
+}  // namespace ersde
+template <>
+constexpr bool wait_for_each_other<ersde::LogProbArgs> = true;
+template <>
+constexpr bool wait_for_each_other<ersde::LogProbVectorArgs> = true;
+template <>
+constexpr bool wait_for_each_other<ersde::LogProbSumsArgs> = true;
+
+#include "../csrc/er_sde_log_prob.cu"
 #include "../csrc/er_sde_plan.cu"
 #include "../csrc/er_sde_step.cu"
 
@@ -17,36 +32,51 @@ bool in_memory;
 const char* instruction_set_name() { return "cuda on host"; }
 bool use_instruction_set(InstructionSet) { return false; }
 
-void step_cpu(const StepArgs& args, int64_t, int64_t) {
-  StepArgs a = args;
-  if (stream_threads && a.drawn.source == Noise::portable) {
-    a.drawn = Drawn{};
-    a.drawn.source = Noise::torch;
-    a.drawn.torch_threads = stream_threads;
-    a.drawn.torch_offset = (uint64_t)torch_offset;
-    a.drawn.seed = (uint64_t)torch_seed;
-    static int64_t seed, offset;
-    if (in_memory) {
-      seed = torch_seed;
-      offset = torch_offset - 4;
-      a.drawn.torch_offset = 4;
-      a.drawn.seed = 0;
-      a.drawn.torch_seed_pointer = &seed;
-      a.drawn.torch_offset_pointer = &offset;
-    }
-    a.batched = a.rows.scales != nullptr;
-    if (!a.batched && a.ndim == 2 && a.sizes[0] == 1) {  // one dimension, as binding.cpp gives torch's stream
-      a.ndim = 1;
-      a.sizes[0] = a.sizes[1];
-      for (Operand* o : {&a.out, &a.denoised, &a.guide}) o->strides[0] = o->strides[1];
-      for (Operand& o : a.terms) o.strides[0] = o.strides[1];
-    }
+// With torch's stream in place of the portable one, where that is asked for.
+void set_stream(StepArgs& a, bool batched) {
+  if (!stream_threads || a.drawn.source != Noise::portable) return;
+  a.drawn = Drawn{};
+  a.drawn.source = Noise::torch;
+  a.drawn.torch_threads = stream_threads;
+  a.drawn.torch_offset = (uint64_t)torch_offset;
+  a.drawn.seed = (uint64_t)torch_seed;
+  static int64_t seed, offset;
+  if (in_memory) {
+    seed = torch_seed;
+    offset = torch_offset - 4;
+    a.drawn.torch_offset = 4;
+    a.drawn.seed = 0;
+    a.drawn.torch_seed_pointer = &seed;
+    a.drawn.torch_offset_pointer = &offset;
   }
-  if (const char* error = step_cuda(a, {nullptr, multiprocessors, false})) {
-    std::fprintf(stderr, "%s\n", error);
-    std::abort();
+  a.batched = batched || a.rows.scales != nullptr;
+  if (!a.batched && a.ndim == 2 && a.sizes[0] == 1) {  // one dimension, as binding.cpp gives torch's stream
+    a.ndim = 1;
+    a.sizes[0] = a.sizes[1];
+    for (Operand* o : {&a.out, &a.denoised, &a.guide}) o->strides[0] = o->strides[1];
+    for (Operand& o : a.terms) o.strides[0] = o.strides[1];
   }
 }
+
+void check(const char* error) {
+  if (!error) return;
+  std::fprintf(stderr, "%s\n", error);
+  std::abort();
+}
+
+void step_cpu(const StepArgs& args, int64_t, int64_t) {
+  StepArgs a = args;
+  set_stream(a, false);
+  check(step_cuda(a, {nullptr, multiprocessors, false}));
+}
+
+void log_prob_cpu(const LogProbArgs& args, int64_t, int64_t) {
+  LogProbArgs a = args;
+  set_stream(a.step, true);
+  check(log_prob_cuda(a, {nullptr, multiprocessors, false}));
+}
+
+void log_prob_sums_cpu(const LogProbArgs&) {}  // a kernel does it
 
 void plan_cpu(const PlanArgs& args) { plan_cuda(args, nullptr); }
 

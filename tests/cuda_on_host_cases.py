@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_noise import EDGE_WORDS, MANY_SEEDS, many_normals
 
 from conftest import noise_alone
-from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, torch_noise
+from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob, torch_noise
 from ersde_fast.backends import CPU, extension
 from ersde_fast.noise import box_muller, seed_table, specified_noise
 
@@ -127,6 +127,37 @@ def test_samples_at_their_own_steps_of_their_own_plans(data, predicts):
     assert not expected[0].isnan().any()
 
 
+@settings(max_examples=EXAMPLES // 3, deadline=None)
+@given(st.data(), st.integers(1, 5), st.sampled_from(["noise", "seed"]), st.sampled_from(["sum", "mean"]))
+def test_the_log_density_has_the_bits_of_the_cpu_kernel(data, order, source, reduction):
+    """With the step, of a sample that is given, and its gradients."""
+    x, noise, unconditional, x_next, *history = data.draw(tensors(order + 4))
+    i = data.draw(st.sampled_from([4, torch.tensor(4)]))
+    output = {}
+    if data.draw(st.booleans()):
+        output["prediction_type"] = data.draw(st.sampled_from(["sample", "epsilon", "v"]))
+        scale = data.draw(st.sampled_from([None, 3.5, torch.linspace(0, 7, len(x), dtype=torch.float64)]))
+        if scale is not None:
+            output |= {"guidance": (unconditional, scale), "cfg_pp": data.draw(st.booleans())}
+    plan = plan_of(order)
+
+    def with_step():
+        kwargs = {"noise": dict(noise=noise), "seed": dict(seed=5)}[source]
+        return fast_step(plan, i, x, history, return_log_prob=True, log_prob_reduction=reduction, **kwargs, **output)
+
+    def gradients():
+        leaves = [t.detach().requires_grad_() for t in (x, unconditional, x_next, *history)]
+        x_, guide, next_, *history_ = leaves
+        guided = {"guidance": (guide, output["guidance"][1])} if "guidance" in output else {}
+        result = step_log_prob(plan, i, x_, history_, next_, reduction=reduction, **output | guided)
+        wanted = leaves if guided else [leaf for leaf in leaves if leaf is not guide]
+        weights = torch.linspace(-1, 2, len(x), dtype=torch.float64)
+        return result.detach(), *torch.autograd.grad(result, wanted, weights)
+
+    for function in (with_step, gradients):
+        assert equal(by_cuda(function), function())
+
+
 @pytest.mark.parametrize("module", [cuda_on_host, extension._C])
 @pytest.mark.parametrize("size", [8, 9])
 @pytest.mark.parametrize("step", [-1, 5, 2**40])
@@ -190,6 +221,18 @@ def torch_stream(seed, offset, threads, in_memory=False):
         yield
     finally:
         SETTINGS.set_torch_stream(*[ctypes.c_int64(0)] * 3, ctypes.c_bool(False))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("size", [4096, 4099])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_log_density_beside_the_step_with_torchs_stream(dtype, size, in_memory):
+    x, *history = torch.randn(4, 3, size, dtype=torch.float64).to(dtype).unbind()
+    with torch_stream(7, 8, 768, in_memory):
+        expected = by_cuda(fast_step, plan_of(3), 4, x, history, seed=0)
+        stepped, density = by_cuda(fast_step, plan_of(3), 4, x, history, seed=0, return_log_prob=True)
+    assert torch.equal(stepped, expected)
+    assert torch.equal(density, step_log_prob(plan_of(3), 4, x, history, stepped))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

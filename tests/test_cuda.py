@@ -259,11 +259,49 @@ def test_a_models_output_with_torchs_stream(backend, dtype, scale, last):
     assert all(torch.equal(r, e) for r, e in zip(result, expected, strict=True)) and g.get_offset() == same.get_offset()
 
 
-def test_a_log_density_has_the_cpus_bits():
-    x, history = inputs((2, 3, 1001))
-    x_next, log_prob = fast_step(PLAN, 3, x, history, seed=5, return_log_prob=True)
-    on_cpu = step_log_prob(PLAN, 3, x.cpu(), [d.cpu() for d in history], x_next.cpu())
-    torch.testing.assert_close(log_prob.cpu(), on_cpu, rtol=1e-14, atol=0)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 1001), (3, 4, 64, 64), (1, 3_000_000), (2, 1_500_001), (70_000, 8)])
+@pytest.mark.parametrize("source", ["seed", "torch", "noise"])
+def test_a_log_density_has_the_cpus_bits(source, shape, dtype):
+    """Beside the step, of a sample that is given, and its gradients; the step's own bits stay."""
+    x, history = inputs(shape, dtype)
+    output = dict(prediction_type="v", guidance=(history[2], 1.5), cfg_pp=source == "noise")
+
+    def stepped(**kwargs):
+        noise = {"seed": dict(seed=5), "noise": dict(noise=x), "torch": dict(generator=torch.Generator("cuda").manual_seed(7))}
+        return fast_step(PLAN, 3, x, history, **noise[source], **output, **kwargs)
+
+    x_next, denoised, log_prob = stepped(return_log_prob=True)
+    assert all(map(torch.equal, (x_next, denoised), stepped()))
+
+    def of_sample(device):
+        tensors = [t.to(device).requires_grad_() for t in (x, *history, x_next)]
+        of = output | {"guidance": (tensors[3], 1.5)}
+        density = step_log_prob(PLAN, 3, tensors[0], tensors[1:4], tensors[4], **of)
+        weights = torch.linspace(-1, 2, len(x), dtype=torch.float64).to(device)
+        return [log_prob.to(device), density.detach(), *torch.autograd.grad(density, tensors, weights)]
+
+    beside, density, *gradients = [t.cpu() for t in of_sample("cuda")]
+    _, on_cpu, *gradients_on_cpu = of_sample("cpu")
+    assert torch.equal(beside, on_cpu) and torch.equal(density, on_cpu)
+    assert all(map(torch.equal, gradients, gradients_on_cpu))
+
+
+def test_a_log_density_in_a_captured_graph():
+    """The row and the seeds lie on the device: one capture serves every step."""
+    plan, index, seeds = PLAN.to("cuda"), torch.tensor(0, device="cuda"), seed_table(5, 2).cuda()
+    x, history = inputs((2, 4, 64, 64))
+    step = lambda i: fast_step(plan, i, x, history, seed=seeds, return_log_prob=True)  # noqa: E731
+    step(index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(index)
+    for i in (3, 1, 2):
+        index.fill_(i)
+        seeds += 1
+        graph.replay()
+        assert all(map(torch.equal, captured, step(i)))
 
 
 def test_compiled_steps_on_the_device():

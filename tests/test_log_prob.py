@@ -6,11 +6,25 @@ import pytest
 import torch
 
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob
+from ersde_fast.backends import CPU, compiled, extension, library
+from ersde_fast.log_prob import reference_log_prob
 from ersde_fast.predictions import PREDICTION_TYPES
+from ersde_fast.request import OutputArguments, checked
 
 PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=3, s_noise=0.9, sigma_data=0.5)
 FLOW = er_sde_plan([1, 0.9, 0.8, 0.6, 0.4, 0.2, 0], process="flow", order=2)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["extension", "library"])
+def cpu_way(request, monkeypatch):
+    """Each way to the CPU kernels."""
+    if request.param == "extension":
+        if extension._C is None:
+            pytest.skip("the extension was not built")
+        monkeypatch.setattr(CPU, "kernels", extension._C)
+    else:
+        monkeypatch.setattr(CPU, "kernels", library.CPULibrary(compiled.LIBRARY))
 
 
 def inputs(shape, count=4, dtype=torch.float32):
@@ -57,6 +71,45 @@ def test_a_sample_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(
     assert torch.equal(step_log_prob(PLAN, 4, strided[0], strided[1:4], strided[4]), log_prob)
 
 
+OUTPUTS = [(None, None, False), ("v", None, False), ("edm", 3.0, False), ("epsilon", [0.0, 7.0], True), ("flow", 0.6, True)]
+
+
+@pytest.mark.usefixtures("cpu_way")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 70_001), (2,), (2, 1024), (2, 1025)])
+@pytest.mark.parametrize("i", [4, torch.tensor(4)], ids=["number", "tensor"])
+def test_the_kernel_has_the_bits_and_the_derivatives_of_the_specification(i, shape, dtype):
+    """With the step, of a sample that is given, and backwards; sizes around a segment's, strides, every form of a model's output.
+
+    A gradient is rounded once in each type; in float64 both are sums of six products, divided and multiplied.
+    """
+    for (kind, scale, cfg_pp), reduction in zip(OUTPUTS, ("sum", "mean", "sum", "mean", "sum"), strict=True):
+        x, (a, b, c, guide, x_next) = inputs(shape, 6, dtype)
+        b = b.transpose(0, -1).contiguous().transpose(0, -1)
+        terms = [t.requires_grad_() for t in ([x, a, b, c] if scale is None else [x, a, b, c, guide])]
+        output = {"prediction_type": kind}
+        if scale is not None:
+            scale = torch.tensor(scale, dtype=torch.float64) if isinstance(scale, list) else scale
+            output |= {"guidance": (guide, scale), "cfg_pp": cfg_pp}
+        leaves, history = [*terms, x_next.requires_grad_()], [a, b, c]
+        request = checked(PLAN, i, x, history, output=OutputArguments(**output))
+        got = step_log_prob(PLAN, i, x, history, x_next, reduction=reduction, **output)
+        expected = reference_log_prob(request, x_next, reduction)
+        assert torch.equal(got, expected)
+        weights = torch.tensor([0.7, -1.3], dtype=torch.float64)
+        both = [torch.autograd.grad(density, leaves, weights) for density in (got, expected)]
+        for ours, theirs, leaf in zip(*both, leaves, strict=True):
+            assert ours.dtype == leaf.dtype
+            torch.testing.assert_close(ours, theirs, rtol=max(torch.finfo(dtype).eps, 1e-13), atol=1e-13)
+        with torch.no_grad():
+            *stepped, beside = fast_step(
+                PLAN, i, x, history, noise=a, return_log_prob=True, log_prob_reduction=reduction, **output
+            )
+            alone = fast_step(PLAN, i, x, history, noise=a, **output)
+            assert all(map(torch.equal, stepped, alone if isinstance(alone, tuple) else [alone]))
+            assert torch.equal(beside, reference_log_prob(request, stepped[0], reduction))
+
+
 @pytest.mark.parametrize("name", PREDICTION_TYPES)
 def test_from_a_models_output(name):
     """The density of the prediction before it is rounded; the sample is that of the step."""
@@ -90,6 +143,21 @@ def test_derivatives(name):
     density = lambda x, x_next, *h: step_log_prob(PLAN, 4, x, list(h), x_next, prediction_type=name)  # noqa: E731
     assert torch.autograd.gradcheck(density, leaves, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(density, leaves)
+
+
+def test_derivatives_by_function_transforms_and_of_a_scale():
+    """Where autograd is not alone, and where it follows what the kernel does not, the specification is differentiated."""
+    x, (output, guide, x_next) = inputs((2, 3), 4, torch.float64)
+    plan = er_sde_plan([9, 8, 6.5, 5], order=1)
+
+    def density(output, scale):
+        return step_log_prob(plan, 1, x, [output], x_next, prediction_type="v", guidance=(guide, scale)).sum()
+
+    scale = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    leaves = [output.clone().requires_grad_(), scale.clone().requires_grad_()]
+    assert torch.autograd.gradcheck(density, leaves)
+    (alone,) = torch.autograd.grad(density(leaves[0], scale), leaves[0])
+    torch.testing.assert_close(torch.func.grad(density)(output, scale), alone, rtol=1e-14, atol=0)
 
 
 def test_the_policy_gradient_does_not_run_through_the_sample():

@@ -68,12 +68,12 @@ class Backend:
         raise NotImplementedError
 
 
-def refuses_tensors(request: "StepRequest", fits_device: bool) -> str | None:
+def refuses_tensors(x: Tensor, tensors: list[Tensor], fits_device: bool) -> str | None:
     """What every kernel refuses: tensors of other devices, of too many dimensions, and what is no plain tensor."""
     if not fits_device:
-        return f"x is on {request.x.device}"
-    if request.x.dim() >= MAX_DIMS:
-        return f"x has {request.x.dim()} dimensions, {MAX_DIMS - 1} are supported"
-    if not all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in request.tensors):
+        return f"x is on {x.device}"
+    if x.dim() >= MAX_DIMS:
+        return f"x has {x.dim()} dimensions, {MAX_DIMS - 1} are supported"
+    if not all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors):
         return "an input is no plain tensor: a subclass, or a lazy view that is negated"
     return None

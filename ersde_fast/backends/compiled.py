@@ -45,7 +45,7 @@ class Compiled(Backend):
         return self.why_no_kernels if self.kernels is None else None
 
     def refuses(self, request) -> str | None:
-        return refuses_tensors(request, request.x.device.type == self.name)
+        return refuses_tensors(request.x, request.tensors, request.x.device.type == self.name)
 
     def run(self, request):
         noise = request.noise
@@ -56,8 +56,24 @@ class Compiled(Backend):
             raise RuntimeError(f'backend "{self.name}" refused a step that it should run: please report this')
         return result
 
-    def call(self, request, noise):
-        """The step with that noise; None where it is none that the kernels run."""
+    def takes(self, x: Tensor, tensors: list[Tensor]) -> bool:
+        """Whether its kernels read tensors like x, which lies on its device."""
+        return refuses_tensors(x, tensors, True) is None
+
+    def log_prob(self, request, x_next: Tensor, reduction: str) -> Tensor | None:
+        """The log-density of a step at x_next, float64 [batch]; None where it is none that the kernels run."""
+        return self.call(request, TorchStream(), reduction=reduction, x_next=x_next)
+
+    def log_prob_gradients(
+        self, request, x_next: Tensor, gradient: Tensor, into: list[Tensor | None]
+    ) -> list[Tensor | None] | None:
+        """Its gradients with respect to x, the history, the unconditional output and x_next, in that order, written to the tensors of
+        a list; times the gradient of the log-density, float64 [batch]."""
+        done = self.call(request, TorchStream(), reduction="sum", x_next=x_next, gradient=gradient, gradients=into)
+        return None if done is None else into
+
+    def call(self, request, noise, **density):
+        """The step with that noise, or what `density` asks for; None where it is none that the kernels run."""
         if isinstance(noise, Tensor):
             source = {"noise": noise}
         elif isinstance(noise, Portable):
@@ -71,7 +87,7 @@ class Compiled(Backend):
         i = tuple(map(_whole, request.i)) if isinstance(request.i, tuple) else request.i
         return self.kernels.step(
             table_for(request.plan, request.i, request.x), i, request.x, request.history, draws=request.draws,
-            out=request.out, ring=request.ring, trusted=True, **source, **output,
+            out=request.out, ring=request.ring, trusted=True, **source, **output, **density,
         )  # fmt: skip
 
     def draws(self, stream: TorchStream, device: torch.device) -> bool:

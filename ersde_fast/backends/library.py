@@ -27,16 +27,20 @@ from torch.autograd.profiler import record_function
 from ..table import COUNTER, W_D, W_NOISE
 from .base import FLOATS
 
-VERSION = 1  # of csrc/er_sde_c.h
+VERSION = 2  # of csrc/er_sde_c.h
 NEEDS_KERNEL, FAILED = 2, 3  # answers
 UNKNOWN = {4: "process", 5: "noise_scaler.form", 6: "method", 7: "order"}
 PORTABLE, TORCH = 1, 2  # sources of noise, and the words behind them: seeds, seed, torch_threads, torch_offset
 NOTHING_DRAWN = (0,) * 5
 NO_RING = (0, 0)
-MOST_WORDS = 256
+WITH_STEP, OF_SAMPLE, GRADIENTS = 1, 2, 3  # densities, and the words from it on: density, mean, log_prob, sums, wanted
+NO_DENSITY = (0,) * 5
+OF_GUIDE, OF_NEXT = 8, 9  # bits of what is wanted
+MOST_WORDS = 512
 FORMATS = [f"{count}q" for count in range(MOST_WORDS)]
 MASK = 2**64 - 1
 GRAIN = 32768  # elements a thread takes at least: below, waking it costs more than it saves
+SEGMENT = 1024  # of csrc/er_sde_step.h
 NUMBER = {dtype: number for number, dtype in enumerate(FLOATS)}
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 PRE_DISPATCH = DispatchKey.PreDispatch
@@ -80,6 +84,8 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer, word, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
     for name, result, arguments in [
         ("step", integer, [pointer, real, word, word]),
+        ("log_prob_sums", integer, [pointer, real]),
+        ("segments", word, [word]),
         ("kernel_name", ctypes.c_char_p, [integer]),
         ("plan", integer, [pointer]),
         ("plan_cuda", integer, [pointer, pointer, pointer]),
@@ -133,8 +139,10 @@ class Library:
     def step(
         self, table, i, x, history, *, noise=None, generator=None, seed=None, draws=False, out=None, predicts=False,
         unconditional=None, scale=None, cfg_pp=False, ring=None, global_shape=None, global_start=None, torch_layout=None, trusted=False,
+        reduction=None, x_next=None, gradient=None, gradients=None,
     ):  # fmt: skip
-        """The next sample, or the pair of that and the prediction; None where the step is not a plain one of this device."""
+        """The next sample, or the pair of that and the prediction, with a reduction the log-density behind them; None where the step is
+        not a plain one of this device."""
         if type(x) not in PLAIN or not self.has(x) or not isinstance(history, (list, tuple)):
             return None
         if not (trusted or (out is None and is_unwatched())):
@@ -156,14 +164,16 @@ class Library:
                 return None
             if not trusted and torch.is_grad_enabled() and any(map(requires_grad, inputs)):
                 return None
-            drawn = NOTHING_DRAWN
+            drawn, draws = NOTHING_DRAWN, draws and x_next is None
             torch_stream = False
             if seed is not None:
                 if draws:
                     drawn, _seeds = _portable(seed, x)
             elif noise is None:
                 check_generator(generator, x.device)
-                torch_stream = draws if not row else ctypes.c_double.from_address(row + 8 * W_NOISE).value != 0
+                torch_stream = (
+                    draws if not row or x_next is not None else ctypes.c_double.from_address(row + 8 * W_NOISE).value != 0
+                )
         except (NotPlain, RuntimeError):  # a tensor that has no memory of its own
             return None
         if torch_stream and isinstance(i, tuple):
@@ -173,11 +183,22 @@ class Library:
         if not (row or trusted) and predictions < (order if rows[1] < 0 else min(order, rows[1] + 1)):
             return None
 
-        result, prediction = torch.empty_like(x) if out is None else out, None
-        ring_words, outputs = NO_RING, (result,)
+        density, log_prob = NO_DENSITY, None
+        if x_next is not None:
+            result = x_next
+        else:
+            result = torch.empty_like(x) if out is None else out
+        prediction, ring_words, outputs = None, NO_RING, (result,)
+        if reduction is not None:
+            if ring is not None or x.numel() == 0 or (out is not None and x_next is None):
+                return None
+            density, log_prob, _sums, into = self.density(
+                x, reduction, x_next, gradient, gradients, len(inputs) - 1 - predictions
+            )
+            outputs = (result, *into)
         if ring is not None:
             ring_words, outputs = (len(ring), ring.stride(0) * ring.element_size()), (ring[0], result)
-        elif predicts:
+        elif predicts and x_next is None:
             prediction = torch.empty_like(x)
             outputs = (prediction, result)
         whole = (*global_shape, *global_start) if global_shape else ()
@@ -185,7 +206,7 @@ class Library:
         def call() -> bytes:
             return packed(
                 0, predictions, unconditional is not None, noise is not None, predicts, cfg_pp, 0, bool(whole), *rows, scales, *ring_words,
-                *drawn, *map(id, inputs), *map(id, outputs), *whole,
+                *drawn, *density, *map(id, inputs), *map(id, outputs), *whole,
             )  # fmt: skip
 
         try:
@@ -200,24 +221,43 @@ class Library:
         try:
             if _profiler_enabled():
                 with record_function("ersde_fast::step"):
-                    answer = self.run(call(), factor, x)
+                    answer = self.run(call(), factor, x, reduction is not None)
             else:
-                answer = self.run(call(), factor, x)
+                answer = self.run(call(), factor, x, reduction is not None)
         except KernelError:
             raise
         except (NotPlain, RuntimeError):
             return None
         if answer:
             return None
-        return result if prediction is None else (result, prediction)
+        if x_next is not None:
+            return log_prob if gradient is None else True
+        results = (result,) if prediction is None else (result, prediction)
+        return results[0] if prediction is None and log_prob is None else results if log_prob is None else (*results, log_prob)
+
+    def density(self, x: Tensor, reduction: str, x_next, gradient, gradients, guides: int) -> tuple:
+        """The words of a log-density, its tensor, memory of the kernels', and the gradients to write in the order of their bits."""
+        if gradient is not None:
+            *of_terms, of_next = gradients
+            of_guide = [of_terms.pop()] if guides else []
+            bits = dict(
+                zip((*range(len(of_terms)), *[OF_GUIDE] * guides, OF_NEXT), (*of_terms, *of_guide, of_next), strict=True)
+            )
+            into = {bit: tensor for bit, tensor in bits.items() if tensor is not None}
+            return (GRADIENTS, 0, gradient.data_ptr(), 0, sum(1 << bit for bit in into)), None, None, tuple(into.values())
+        batch = x.shape[0] if x.dim() else 1
+        log_prob = x.new_empty(x.shape[:1], dtype=torch.float64)
+        sums = log_prob.new_empty(batch * self.library.ersde_segments(x.numel() // batch))
+        what = WITH_STEP if x_next is None else OF_SAMPLE
+        return (what, int(reduction == "mean"), log_prob.data_ptr(), sums.data_ptr(), 0), log_prob, sums, ()
 
     @staticmethod
     def has(x: Tensor) -> bool:
         """Whether a tensor lies on a device of the type."""
         raise NotImplementedError
 
-    def run(self, call: bytes, factor: float, x: Tensor) -> int:
-        """Runs a call; what the library answered, which is 0 where it did."""
+    def run(self, call: bytes, factor: float, x: Tensor, sums: bool = False) -> int:
+        """Runs a call, of a log-density where it sums; what the library answered, which is 0 where it did."""
         raise NotImplementedError
 
     def take_torch_stream(self, x: Tensor, generator, layout) -> tuple[int, ...] | None:
@@ -237,7 +277,7 @@ class Library:
         row = array("d", bytes(8 * W_D))
         row[COUNTER], row[W_NOISE] = step, 1
         rows = (row.buffer_info()[0], 0, 0, len(row), 1, 1, 0, 0, 0)
-        self.run(packed(0, 0, 0, 0, 0, 0, 1, 0, *rows, 0, *NO_RING, *drawn, id(out), id(out)), 0.0, out)
+        self.run(packed(0, 0, 0, 0, 0, 0, 1, 0, *rows, 0, *NO_RING, *drawn, *NO_DENSITY, id(out), id(out)), 0.0, out)
 
     def plan(self, sigmas: Tensor, alphas: Tensor | None, options, orders: Tensor | None) -> tuple[Tensor, Tensor]:
         num_steps, order, scaler = len(sigmas) - 1, max(options.orders), options.noise_scaler
@@ -273,11 +313,16 @@ class CPULibrary(Library):
     def has(x):
         return x.is_cpu
 
-    def run(self, call, factor, x):
+    def run(self, call, factor, x, sums=False):
         if x.numel() <= GRAIN:
             return self.objects.ersde_step_objects(call, factor, self.api)
         words, step = self.words(call, factor), self.library.ersde_step
-        return max(_in_threads(x.numel(), lambda begin, end: step(words, factor, begin, end)))
+        n = x.numel()
+        if not sums:
+            return max(_in_threads(n, GRAIN, lambda begin, end: step(words, factor, begin, end)))
+        segments = len(x) * self.library.ersde_segments(n // len(x))
+        answer = max(_in_threads(segments, GRAIN // SEGMENT, lambda begin, end: step(words, factor, begin, end)))
+        return answer or self.library.ersde_log_prob_sums(words, factor)
 
     def run_plan(self, call, device):
         return self.library.ersde_plan(ctypes.byref(call))
@@ -292,7 +337,7 @@ class CPULibrary(Library):
 
         if n == 0:
             return 0
-        _in_threads(n, draw)
+        _in_threads(n, GRAIN, draw)
         return self.library.ersde_torch_advance(n, threads, NUMBER[out.dtype])
 
     def box_muller(self, a: Tensor, b: Tensor) -> Tensor:
@@ -407,9 +452,9 @@ def check_generator(generator, device: torch.device) -> None:
         raise NotPlain
 
 
-def _in_threads(n: int, work: Callable[[int, int], int]) -> list[int]:
-    """What work(begin, end) answers for shares of 0 ... n."""
-    threads = min(torch.get_num_threads(), n // GRAIN)
+def _in_threads(n: int, grain: int, work: Callable[[int, int], int]) -> list[int]:
+    """What work(begin, end) answers for shares of 0 ... n, of at least that grain."""
+    threads = min(torch.get_num_threads(), n // grain)
     if threads <= 1:
         return [work(0, n)]
     ends = [n * k // threads for k in range(threads + 1)]

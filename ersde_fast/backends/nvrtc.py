@@ -1,6 +1,6 @@
 """The CUDA kernels without a toolkit: compiled when first needed by the NVRTC that torch brings, launched through CUDA's driver.
 
-The sources are those of the extension, csrc/er_sde_step.cu and csrc/er_sde_plan.cu. A compiled kernel is kept in a folder of the
+The sources are those of the extension, csrc/er_sde_step.cu, er_sde_log_prob.cu and er_sde_plan.cu. A compiled kernel is kept in a folder of the
 user's, which ERSDE_FAST_CACHE names.
 """
 
@@ -20,7 +20,7 @@ from ..files import write_whole
 from ..noise import TORCH_PIECE
 from .library import FAILED, NEEDS_KERNEL, NUMBER, TORCH, KernelError, Library, NotPlain, signed
 
-KERNELS = 131  # of csrc/er_sde_c.h
+KERNELS = 149  # of csrc/er_sde_c.h
 INVALID_CONTEXT = 201  # a thread that has made none of the driver's contexts its own
 UNCHECKED, AS_HERE, OTHERWISE = range(3)  # of torch's stream
 OPTIONS = ("--std=c++17", "-default-device")
@@ -132,7 +132,7 @@ class Compiler:
         return name, binary
 
     def _compile(self, expression: str, capability: tuple[int, int]) -> bytes:
-        source = "er_sde_plan.cu" if "plan" in expression else "er_sde_step.cu"
+        source = next((f"er_sde_{name}.cu" for name in ("plan", "log_prob") if name in expression), "er_sde_step.cu")
         program, size, name = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_char_p()
         self._call("CreateProgram", ctypes.byref(program), f'#include "{source}"'.encode(), b"kernel", 0, None, None)
         try:
@@ -221,7 +221,7 @@ class CUDALibrary(Library):
     def has(x):
         return x.is_cuda
 
-    def run(self, call, factor, x):
+    def run(self, call, factor, x, sums=False):
         index = x.get_device()
         if index in self._devices and torch._C._cuda_getDevice() == index:
             if not self._step(call, factor, self.api, self._devices[index][0]):

@@ -37,7 +37,7 @@ class Triton(Backend):
         return request.x.is_cpu  # where it is interpreted, for tests
 
     def refuses(self, request) -> str | None:
-        return refuses_tensors(request, request.x.device.type != "cpu" or _interpreting())
+        return refuses_tensors(request.x, request.tensors, request.x.device.type != "cpu" or _interpreting())
 
     def run(self, request):
         from ..kernels import er_sde_step
