@@ -104,8 +104,11 @@ def test_requests(benchmark, copy_bandwidth, batch, name):
     measure(benchmark, name, requests(batch)[name], batch * 4 * 64 * 64, 5, torch.float32, copy_bandwidth)
 
 
-@pytest.mark.parametrize("name", ["step", "step and log-density", "log-density", "of torch.distributions"])
-@pytest.mark.parametrize("shape", [(1, 4, 64, 64), (8, 16, 128, 128)], ids=lambda s: "x".join(map(str, s)))
+LOG_PROBS = ["step", "step and log-density", "log-density", "log-density and its gradient", "of torch.distributions"]
+
+
+@pytest.mark.parametrize("name", LOG_PROBS)
+@pytest.mark.parametrize("shape", [(1, 4, 64, 64), (8, 16, 128, 128), (1, 2**24)], ids=lambda s: "x".join(map(str, s)))
 def test_log_prob(benchmark, shape, name):
     torch.manual_seed(0)
     x, x_next, *history = (torch.randn(shape, device=DEVICE) for _ in range(5))
@@ -115,7 +118,13 @@ def test_log_prob(benchmark, shape, name):
         mean = row.w_x * x.double() + sum(w * d.double() for w, d in zip(row.w_d, history, strict=True))
         return torch.distributions.Normal(mean, row.w_noise).log_prob(x_next.double()).flatten(1).sum(1)
 
+    newest = history[0].clone().requires_grad_()
+
+    def gradient():
+        return torch.autograd.grad(step_log_prob(PLAN, STEP, x, [newest, *history[1:]], x_next).sum(), newest)
+
     functions = {
+        "log-density and its gradient": gradient,
         "step": lambda: fast_step(PLAN, STEP, x, history, seed=1),
         "step and log-density": lambda: fast_step(PLAN, STEP, x, history, seed=1, return_log_prob=True),
         "log-density": lambda: step_log_prob(PLAN, STEP, x, history, x_next),

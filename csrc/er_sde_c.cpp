@@ -224,7 +224,7 @@ constexpr const char* kVectorTypes[] = {"float", "__nv_bfloat16", "__half"};
 constexpr const char* kSources[] = {"none", "portable", "torch"};
 constexpr const char* kDensities[] = {"of_step", "of_step", "of_step", "of_sample", "gradients"};  // of_step with each source of noise
 constexpr int kElementKernels = 3 * kMaxVectorTerms * 3 * 2, kPlanKernel = kElementKernels + 4;
-constexpr int kDensityKernels = kPlanKernel + 1, kDensityElements = kDensityKernels + 3 * 5, kSumsKernel = kDensityElements + 2;
+constexpr int kDensityKernels = kPlanKernel + 1, kDensityElements = kDensityKernels + 3 * 2 * 5, kSumsKernel = kDensityElements + 2;
 static_assert(kSumsKernel + 1 == ersde_kernels);
 
 int vector_type(DType t) { return t == DType::float32 ? 0 : t == DType::bfloat16 ? 1 : 2; }
@@ -237,7 +237,7 @@ int kernel_of(const StepLaunch& l) {
 int kernel_of(const LogProbLaunch& l) {
   if (!l.vectors) return kDensityElements + l.float64;
   const int which = l.what == Density::of_step ? (int)l.source : 2 + (int)l.what;
-  return kDensityKernels + 5 * vector_type(l.dtype) + which;
+  return kDensityKernels + 5 * (2 * vector_type(l.dtype) + (l.terms == kMaxTerms)) + which;
 }
 
 // As has_a_kernel_before of er_sde_launch.h.
@@ -375,9 +375,9 @@ const char* ersde_kernel_name(int kernel) {
   if (kernel == kSumsKernel) return "ersde::log_prob_sums";
   if (kernel >= kDensityElements) return kernel == kDensityElements ? "ersde::log_prob_elements<float>" : "ersde::log_prob_elements<double>";
   if (kernel >= kDensityKernels) {
-    const int type = (kernel - kDensityKernels) / 5, which = (kernel - kDensityKernels) % 5;
-    std::snprintf(name, sizeof name, "ersde::log_prob_vectors<%s, ersde::Density::%s, ersde::Noise::%s>", kVectorTypes[type], kDensities[which],
-                  kSources[which < 3 ? which : 0]);
+    const int which = (kernel - kDensityKernels) % 5, terms = (kernel - kDensityKernels) / 5 % 2 ? kMaxTerms : kFewTerms;
+    std::snprintf(name, sizeof name, "ersde::log_prob_vectors<%s, %d, ersde::Density::%s, ersde::Noise::%s>",
+                  kVectorTypes[(kernel - kDensityKernels) / 10], terms, kDensities[which], kSources[which < 3 ? which : 0]);
     return name;
   }
   if (kernel >= kElementKernels) {

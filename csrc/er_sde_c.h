@@ -57,7 +57,7 @@ enum ersde_answer {
 };
 
 // A CUDA device, for launches through its driver: what is loaded of its kernels.
-enum { ersde_kernels = 149 };
+enum { ersde_kernels = 164 };
 struct ersde_device {
   void *launch, *capture_info;     // the driver's cuLaunchKernelEx and cuStreamGetCaptureInfo_v3
   int64_t index, multiprocessors, early;  // early: whether kernels may start while the one before ends

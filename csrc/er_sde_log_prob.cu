@@ -10,7 +10,8 @@
 namespace ersde {
 namespace {
 
-static_assert(4 * kThreads == kSegment && kThreads == 8 * 32);
+constexpr int kWarps = kThreads / 32;
+static_assert(4 * kThreads == kSegment && kWarps == 8);
 
 // Four neighbours, read and written at once.
 template <typename T>
@@ -33,8 +34,15 @@ __device__ __forceinline__ double quad_of(const double (&r)[4]) {
   return add_(add_(mul_(r[0], r[0]), mul_(r[1], r[1])), add_(mul_(r[2], r[2]), mul_(r[3], r[3])));
 }
 
-// Writes the sum of a segment from its threads' quads. Called by all threads of a block; turn changes from call to call, so that one
-// barrier is enough.
+// The sum of a warp's lanes, in the first of them.
+__device__ __forceinline__ double sum_of_warp(double lane) {
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) lane = add_(lane, __shfl_down_sync(0xFFFFFFFFu, lane, half));
+  return lane;
+}
+
+// Writes the sum of a segment from the quads of a block's threads, all of which call it; turn changes from call to call, so that
+// one barrier is enough.
 __device__ __forceinline__ void sum_segment(double quad, int turn, double* sum) {
   __shared__ double quads[2][kThreads];
   quads[turn][threadIdx.x] = quad;
@@ -42,9 +50,8 @@ __device__ __forceinline__ void sum_segment(double quad, int turn, double* sum) 
   if (threadIdx.x >= 32) return;
   double lane = quads[turn][threadIdx.x];
 #pragma unroll
-  for (int warp = 1; warp < 8; ++warp) lane = add_(lane, quads[turn][32 * warp + threadIdx.x]);
-#pragma unroll
-  for (int half = 16; half > 0; half /= 2) lane = add_(lane, __shfl_down_sync(0xFFFFFFFFu, lane, half));
+  for (int warp = 1; warp < kWarps; ++warp) lane = add_(lane, quads[turn][32 * warp + threadIdx.x]);
+  lane = sum_of_warp(lane);
   if (threadIdx.x == 0) *sum = lane;
 }
 
@@ -71,85 +78,126 @@ __device__ __forceinline__ void draw_four(float (&z)[4], const VectorArgs& a, co
   }
 }
 
-template <typename T, Density What, Noise Source>
-__global__ void __launch_bounds__(kThreads) log_prob_vectors(const __grid_constant__ LogProbVectorArgs a) {
+// What the threads of a block know of a sample, in shared memory, since it would fill their registers.
+struct SampleDensity {
+  Gaussian gaussian;
+  Coefficients<float> c;
+  double of_density;  // what gradients are multiplied by, over the standard deviation
+  unsigned in_mean, in_step, predicts, read;  // bits of the terms, kGuide the guide's
+};
+constexpr int kGuide = kMaxTerms;
+
+__device__ __forceinline__ void look_at_sample(SampleDensity& d, const LogProbVectorArgs& a, int64_t b, bool gradients) {
+  const Rows& rows = a.step.rows;
+  d.gaussian = known_to_host(rows) ? a.gaussian : gaussian_of(rows, b);
+  d.c = known_to_host(rows) ? a.step.coefficients : coefficients_of<float, kMaxTerms>(rows, b);
+  d.in_mean = d.in_step = d.predicts = 0;
+  for (int k = 0; k < a.num_terms; ++k) {
+    d.in_mean |= (unsigned)(d.gaussian.w[k] != 0) << k;
+    d.in_step |= (unsigned)(d.c.w[k] != 0) << k;
+  }
+  d.in_mean |= (unsigned)(d.gaussian.guide != 0) << kGuide;
+  if (rows.predicts) {
+    for (int k = 0; k < 3; ++k) d.predicts |= (unsigned)(d.c.p[k] != 0) << (k == 2 ? kGuide : k);
+  }
+  d.read = d.in_mean | d.predicts | (d.in_step & ~(unsigned)(rows.predicts << 1));  // the prediction is made, not read
+  if (gradients) d.of_density = mul_(a.log_prob[b], d.gaussian.inverse);
+}
+
+// A segment is a block's, a turn for each warp; or, where there are enough of them, a warp's, which takes all eight turns and waits for
+// no other. Either way a lane adds up the same quads in the same order. K: as many terms as there can be.
+template <typename T, int K, Density What, Noise Source>
+__global__ void __launch_bounds__(kThreads, K == kMaxTerms ? 2 : 3) log_prob_vectors(const __grid_constant__ LogProbVectorArgs a) {
+  __shared__ SampleDensity d;
   const VectorArgs& s = a.step;
   let_the_kernel_behind_start();
   wait_for_the_kernel_before();
-  const bool known = known_to_host(s.rows), predicts = s.rows.predicts;
+  const bool predicts = s.rows.predicts;
   const int64_t groups = s.size / 4, segments = (s.size + kSegment - 1) / kSegment;
   const TorchState torch = Source == Noise::torch ? torch_state(s.drawn) : TorchState{};
-  int turn = 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int turn_of_block = 0;
   for (int64_t b = blockIdx.y; b < a.batch; b += gridDim.y) {
-    const Gaussian g = known ? a.gaussian : gaussian_of(s.rows, b);
-    const Coefficients<float> c = known ? s.coefficients : coefficients_of<float, kMaxTerms>(s.rows, b);
-    for (int64_t segment = blockIdx.x; segment < segments; segment += gridDim.x) {
-      const int64_t group = segment * kThreads + threadIdx.x, at = b * groups + group;
-      double residual[4] = {};
-      if (group < groups) {
-        Four<T> term[kMaxTerms], guide{}, next;
+    __syncthreads();
+    if (threadIdx.x == 0) look_at_sample(d, a, b, What == Density::gradients);
+    __syncthreads();
+    const int64_t first_segment = a.by_warps ? (int64_t)blockIdx.x * kWarps + warp : blockIdx.x;
+    for (int64_t segment = first_segment; segment < segments; segment += (int64_t)gridDim.x * (a.by_warps ? kWarps : 1)) {
+      double sum = 0;
+      const int first = a.by_warps ? 0 : warp, last = a.by_warps ? kWarps : warp + 1;
+#pragma unroll 1
+      for (int turn = first; turn < last; ++turn) {
+        const int64_t group = segment * kThreads + 32 * turn + lane, at = b * groups + group;
+        if (group >= groups) break;
+        Four<T> term[K], guide, next;
 #pragma unroll
-        for (int k = 0; k < kMaxTerms; ++k) {
-          const bool read = k < a.num_terms && (c.w[k] != 0 || g.w[k] != 0 || (k == 0 && c.p[0] != 0) || (k == 1 && c.p[1] != 0));
-          term[k] = read ? load_four<T>(s.terms[k], at) : Four<T>{};
+        for (int k = 0; k < K; ++k) {
+          if (d.read >> k & 1) term[k] = load_four<T>(s.terms[k], at);
         }
-        if (predicts && (c.p[2] != 0 || g.guide != 0)) guide = load_four<T>(s.guide, at);
-        double mean[4] = {};
+        if (d.read >> kGuide & 1) guide = load_four<T>(s.guide, at);
+        if constexpr (What != Density::of_step) next = load_four<T>(s.out, at);
+        float z[4] = {};
+        if constexpr (Source != Noise::none) draw_four<T, Source>(z, s, torch, d.c.counter, b, 4 * group);
+        double residual[4] = {};
 #pragma unroll
-        for (int k = 0; k < kMaxTerms; ++k) {
-          if (k < a.num_terms && g.w[k] != 0) add_four(mean, g.w[k], term[k]);
+        for (int k = 0; k < K; ++k) {
+          if (d.in_mean >> k & 1) add_four(residual, d.gaussian.w[k], term[k]);
         }
-        if (g.guide != 0) add_four(mean, g.guide, guide);
+        if (d.in_mean >> kGuide & 1) add_four(residual, d.gaussian.guide, guide);
         if constexpr (What == Density::of_step) {
-          float z[4] = {};
-          draw_four<T, Source>(z, s, torch, c.counter, b, 4 * group);
+          float y[4] = {-0.0f, -0.0f, -0.0f, -0.0f};
+          const auto add = [&](float w, const Four<T>& values) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) y[j] = fma_(w, load(&values.at[j]), y[j]);
+          };
           if (predicts) {
-            Four<T> predicted;
+            if (d.predicts & 1) add(d.c.p[0], term[0]);
+            if (d.predicts & 2) add(d.c.p[1], term[1]);
+            if (d.predicts >> kGuide & 1) add(d.c.p[2], guide);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              float y = -0.0f;
-              if (c.p[0] != 0) y = fma_(c.p[0], load(&term[0].at[j]), y);
-              if (c.p[1] != 0) y = fma_(c.p[1], load(&term[1].at[j]), y);
-              if (c.p[2] != 0) y = fma_(c.p[2], load(&guide.at[j]), y);
-              store(&predicted.at[j], y);
+              store(&term[1].at[j], y[j]);
+              y[j] = -0.0f;
             }
-            term[1] = predicted;
-            static_cast<Four<T>*>(s.denoised)[at] = predicted;
+            static_cast<Four<T>*>(s.denoised)[at] = term[1];
           }
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            float y = -0.0f;
-#pragma unroll
-            for (int k = 0; k < kMaxTerms; ++k) {
-              if (k < a.num_terms && c.w[k] != 0) y = fma_(c.w[k], load(&term[k].at[j]), y);
-            }
-            if (Source != Noise::none && c.noise != 0) y = fma_(c.noise, z[j], y);
-            store(&next.at[j], y);
+          for (int k = 0; k < K; ++k) {
+            if (d.in_step >> k & 1) add(d.c.w[k], term[k]);
           }
+          const bool draws = Source != Noise::none && d.c.noise != 0;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) store(&next.at[j], draws ? fma_(d.c.noise, z[j], y[j]) : y[j]);
           static_cast<Four<T>*>(s.out)[at] = next;
-        } else {
-          next = load_four<T>(s.out, at);
         }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) residual[j] = mul_(add_((double)load(&next.at[j]), -mean[j]), g.inverse);
+        for (int j = 0; j < 4; ++j) residual[j] = mul_(add_((double)load(&next.at[j]), -residual[j]), d.gaussian.inverse);
+        if constexpr (What == Density::gradients) {
+          const auto put = [&](void* to, double w) {
+            if (!to) return;
+            const double factor = mul_(d.of_density, w);
+            Four<T> gradient;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) store(&gradient.at[j], (float)mul_(factor, residual[j]));
+            static_cast<Four<T>*>(to)[at] = gradient;
+          };
+#pragma unroll
+          for (int k = 0; k < kMaxTerms; ++k) put(a.gradients[k], d.gaussian.w[k]);
+          put(a.gradients[kMaxTerms], d.gaussian.guide);
+          put(a.gradients[kMaxTerms + 1], -1);
+        } else {
+          sum = turn == first ? quad_of(residual) : add_(sum, quad_of(residual));
+        }
       }
-      if constexpr (What == Density::gradients) {
-        const double of_density = mul_(a.log_prob[b], g.inverse);
-        const auto put = [&](void* to, double w) {
-          if (!to || group >= groups) return;
-          const double factor = mul_(of_density, w);
-          Four<T> gradient;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) store(&gradient.at[j], (float)mul_(factor, residual[j]));
-          static_cast<Four<T>*>(to)[at] = gradient;
-        };
-#pragma unroll
-        for (int k = 0; k < kMaxTerms; ++k) put(a.gradients[k], g.w[k]);
-        put(a.gradients[kMaxTerms], g.guide);
-        put(a.gradients[kMaxTerms + 1], -1);
-      } else {
-        sum_segment(quad_of(residual), turn, a.sums + b * segments + segment);
-        turn ^= 1;
+      if constexpr (What != Density::gradients) {
+        double* to = a.sums + b * segments + segment;
+        if (a.by_warps) {
+          sum = sum_of_warp(sum);
+          if (lane == 0) *to = sum;
+        } else {
+          sum_segment(sum, turn_of_block, to);
+          turn_of_block ^= 1;
+        }
       }
     }
   }
@@ -238,21 +286,27 @@ __global__ void __launch_bounds__(kSumLanes) log_prob_sums(const __grid_constant
 #ifndef __CUDACC_RTC__  // the launches
 namespace {
 
+template <typename T, int K>
 void launch_vectors(const LogProbLaunch& l, const Launch& on) {
-  const dim3 grid(l.grid[0], l.grid[1]);
+  const auto launch = [&](auto kernel) {
+    ERSDE_LAUNCH(kernel, dim3(l.grid[0], l.grid[1]), dim3(kThreads), on.stream, l.vector, on.early);
+  };
+  switch (l.what) {
+    case Density::of_sample: return launch(log_prob_vectors<T, K, Density::of_sample, Noise::none>);
+    case Density::gradients: return launch(log_prob_vectors<T, K, Density::gradients, Noise::none>);
+    case Density::of_step: break;
+  }
+  switch (l.source) {
+    case Noise::none: return launch(log_prob_vectors<T, K, Density::of_step, Noise::none>);
+    case Noise::portable: return launch(log_prob_vectors<T, K, Density::of_step, Noise::portable>);
+    case Noise::torch: return launch(log_prob_vectors<T, K, Density::of_step, Noise::torch>);
+  }
+}
+
+void launch_vectors(const LogProbLaunch& l, const Launch& on) {
   with_vector_type(l.dtype, [&](auto number) {
     using T = decltype(number);
-    const auto launch = [&](auto kernel) { ERSDE_LAUNCH(kernel, grid, dim3(kThreads), on.stream, l.vector, on.early); };
-    switch (l.what) {
-      case Density::of_sample: return launch(log_prob_vectors<T, Density::of_sample, Noise::none>);
-      case Density::gradients: return launch(log_prob_vectors<T, Density::gradients, Noise::none>);
-      case Density::of_step: break;
-    }
-    switch (l.source) {
-      case Noise::none: return launch(log_prob_vectors<T, Density::of_step, Noise::none>);
-      case Noise::portable: return launch(log_prob_vectors<T, Density::of_step, Noise::portable>);
-      case Noise::torch: return launch(log_prob_vectors<T, Density::of_step, Noise::torch>);
-    }
+    l.terms == kMaxTerms ? launch_vectors<T, kMaxTerms>(l, on) : launch_vectors<T, kFewTerms>(l, on);
   });
 }
 

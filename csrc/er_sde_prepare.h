@@ -186,10 +186,13 @@ inline StepLaunch launch_of(const StepArgs& a, int multiprocessors) {
   return l;
 }
 
+constexpr int kFewTerms = 5;  // for which log_prob_vectors is compiled beside the most: x, three predictions, and one more
+
 // The two launches of a log-density.
 struct LogProbLaunch {
-  bool vectors;  // log_prob_vectors<T, Density, Noise> of `vector`; or log_prob_elements<A> of `elements`, A double or float
+  bool vectors;  // log_prob_vectors<T, K, Density, Noise> of `vector`; or log_prob_elements<A> of `elements`, A double or float
   DType dtype;
+  int terms;  // K
   Density what;
   Noise source;
   bool float64;
@@ -216,6 +219,7 @@ inline LogProbLaunch launch_of(const LogProbArgs& a, int multiprocessors) {
   l.float64 = s.float64;
   l.elements = &a;
   l.dtype = s.out.dtype;
+  l.terms = s.num_terms <= kFewTerms ? kFewTerms : kMaxTerms;
   l.source = a.what == Density::of_step ? s.drawn.source : Noise::none;
   if (l.vectors) {
     l.vector.step = vector_args_of(s);
@@ -226,8 +230,10 @@ inline LogProbLaunch launch_of(const LogProbArgs& a, int multiprocessors) {
     for (int k = 0; k < kMaxTerms + 2; ++k) l.vector.gradients[k] = a.gradients[k].data;
     if (known_to_host(s.rows)) l.vector.gaussian = gaussian_of(s.rows, 0);
   }
-  l.grid[0] = (unsigned)std::min(segments, most);
-  l.grid[1] = (unsigned)std::min(batch, ceil_div(most, l.grid[0]));
+  // From there on warps that wait for no other keep every multiprocessor busy.
+  l.vector.by_warps = batch * segments >= 64 * multiprocessors;
+  l.grid[0] = (unsigned)std::min(l.vectors && l.vector.by_warps ? ceil_div(segments, 8) : segments, most);
+  l.grid[1] = (unsigned)std::min({batch, ceil_div(most, l.grid[0]), int64_t{65535}});
   l.sums = a.what != Density::gradients;
   l.last.rows = s.rows;
   l.last.sums = a.sums;

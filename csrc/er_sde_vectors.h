@@ -18,6 +18,7 @@ struct LogProbVectorArgs {
   VectorArgs step;
   Gaussian gaussian;  // of every sample, where the host knows it
   int num_terms;
+  bool by_warps;  // whether a segment is a warp's, or a block's
   int64_t batch;
   const double* log_prob;  // what gradients are multiplied by
   double* sums;

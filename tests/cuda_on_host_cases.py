@@ -5,6 +5,7 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import math
 import os
@@ -210,6 +211,16 @@ def test_shards(data):
     seeds = seed_table([5, 6], 2)
     result = drawn_by_cuda(torch.zeros(shape), seeds, 3, (whole, start))
     assert torch.equal(result, specified_noise(shape, seeds, 3, whole, start))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [40_000, 33_000])
+def test_the_log_density_where_a_segment_is_a_warps(dtype, size):
+    """Enough segments for one multiprocessor, the last of a sample not whole."""
+    x, *history = torch.randn(4, 3, size).to(dtype).unbind()
+    SETTINGS.set_multiprocessors(1)
+    step = functools.partial(fast_step, plan_of(3), 4, x, history, seed=3, return_log_prob=True)
+    assert equal(by_cuda(step), step())
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from ..files import write_whole
 from ..noise import TORCH_PIECE
 from .library import FAILED, NEEDS_KERNEL, NUMBER, TORCH, KernelError, Library, NotPlain, signed
 
-KERNELS = 149  # of csrc/er_sde_c.h
+KERNELS = 164  # of csrc/er_sde_c.h
 INVALID_CONTEXT = 201  # a thread that has made none of the driver's contexts its own
 UNCHECKED, AS_HERE, OTHERWISE = range(3)  # of torch's stream
 OPTIONS = ("--std=c++17", "-default-device")
