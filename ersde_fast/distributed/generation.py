@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,24 @@ def generate(
     missing = [seed for seed in seeds if seed not in done]
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     written = len(seeds) - len(missing)
-    with tqdm(total=len(seeds), initial=written, unit="sample", disable=not progress or rank > 0) as bar:
-        sums = _Sums(rank, group, folder, written)
-        for round_ in range(0, len(batches), world):
-            batch, error = batches[round_ + rank] if round_ + rank < len(batches) else [], None
+    bar = tqdm(total=len(seeds), initial=written, unit="sample", disable=not progress or rank > 0)
+    with bar, ThreadPoolExecutor(1) as disk:
+        sums, writing = _Sums(rank, group, folder, written), None
+        for round_ in range(0, len(batches) + world, world):  # the last round is for what is still being written
+            batch, count, error = batches[round_ + rank] if round_ + rank < len(batches) else [], 0, None
             try:
+                samples = None
                 if batch:
                     samples = _sample(model, plan, batch, shape, extra_args, transform, dtype, device)
-                    _write(folder / f"samples-{seeds.index(batch[0]):09d}.safetensors", batch, samples, run)
+                count = writing.result() if writing else 0  # the batch before, written while this one was computed
+                writing = None
+                if batch:
+                    path = folder / f"samples-{seeds.index(batch[0]):09d}.safetensors"
+                    writing = disk.submit(_write, path, batch, samples, run)
             except BaseException as caught:  # the others must not wait for this process
                 error = caught
             bar.update(sums.hear(own_error=error))
-            sums.say(len(batch) if error is None else 0, error is not None)
+            sums.say(count if error is None else 0, error is not None)
             if error is not None or group is None:
                 bar.update(sums.hear(own_error=error))
         bar.update(sums.hear())
@@ -268,9 +275,11 @@ def _read(path: Path, header_only: bool = False):
     return metadata, samples, seeds
 
 
-def _write(path: Path, seeds: list[int], samples: Tensor, run: str) -> None:
+def _write(path: Path, seeds: list[int], samples: Tensor, run: str) -> int:
+    """Writes a batch; how many samples that are."""
     tensors = {"samples": samples, "seeds": seed_table(seeds, len(seeds))[:, 0].contiguous()}
     write_whole(path, safetensors_for("generate").save(tensors, metadata={"run": run}))
+    return len(seeds)
 
 
 def _write_index(folder: Path, run: str, seeds: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -1,9 +1,9 @@
-"""Several GPUs of one machine: a split latent's steps and a shared-out run, their bits, what they communicate and what they cost.
+"""Several GPUs of one machine: split latents' steps and a shared-out run, their bits, what they communicate and what they cost.
 
-torchrun --standalone --nproc-per-node 1 bench/two_gpus.py --out out/one
-torchrun --standalone --nproc-per-node 2 bench/two_gpus.py --out out/two               # the same digests, twice the samples a second
-torchrun --standalone --nproc-per-node 2 bench/two_gpus.py --out out/killed --dies 1   # ends with an error that says what is kept
-torchrun --standalone --nproc-per-node 2 bench/two_gpus.py --out out/killed            # the same digests again
+torchrun --standalone --nproc-per-node 1 bench/gpus.py --out out/one
+torchrun --standalone --nproc-per-node 2 bench/gpus.py --out out/two               # or 4, 8: the same digests, more samples a second
+torchrun --standalone --nproc-per-node 2 bench/gpus.py --out out/killed --dies 1   # ends with an error that says what is kept
+torchrun --standalone --nproc-per-node 2 bench/gpus.py --out out/killed            # the same digests again
 """
 
 import argparse
@@ -24,6 +24,7 @@ from ersde_fast.distributed import fast_step_dtensor, generate, load_samples, po
 from ersde_fast.schedules import karras_sigmas
 
 SHAPE = (1, 16, 21, 90, 160)  # of a video model; 21 frames over two GPUs are 11 and 10
+LARGE = (1, 16, 81, 180, 320)  # the same with every frame and twice the height and width
 PLAN = er_sde_plan(karras_sigmas(10), order=3)
 COMMUNICATES = ("nccl", "gloo", "c10d", "all_reduce", "all_gather", "broadcast")
 
@@ -58,12 +59,41 @@ def split_step(mesh) -> tuple[str, str, list[str], float]:
     return expected, digest(result.full_tensor()), found, took * 1e6
 
 
+def large_step(mesh, repeats: int = 200) -> tuple[float, float]:
+    """Microseconds of a step of the large latent, split by frames: of the slowest process, as DTensors and as plain shards."""
+    x = portable_noise_dtensor(LARGE, 7, -1, mesh, [Shard(2)])
+    history = predictions(x)
+    local, locals_ = x.to_local(), [d.to_local() for d in history]
+    start = sum(len(frames) for frames in torch.arange(LARGE[2]).chunk(mesh.size())[: mesh.get_rank()])
+    whole = dict(global_shape=LARGE[1:], global_start=(0, start, 0, 0))
+    ways = [
+        lambda: fast_step_dtensor(PLAN, 5, x, history, seed=3),
+        lambda: fast_step(PLAN, 5, local, locals_, seed=3, **whole),
+    ]
+    wait = torch.cuda.synchronize if mesh.device_type == "cuda" else lambda: None
+    took = []
+    for step in ways:
+        for _ in range(5):
+            step()
+        wait()
+        dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        wait()
+        slowest = torch.tensor((time.perf_counter() - begin) / repeats, device="cpu")
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        took.append(slowest.item() * 1e6)
+    return tuple(took)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=4096, help="of each process")
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=200, help="steps of the large latent that are timed")
     parser.add_argument("--dies", type=int, help="the rank that dies in mid-run")
     args = parser.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -75,6 +105,9 @@ def main() -> None:
     expected, got, found, took = split_step(init_device_mesh(args.device, (world,)))
     say(f"split step on {world} x {args.device}: {got}; whole step on the CPU: {expected}; {took:.0f} us")
     say(f"  of its trace communicates: {found or 'nothing'}")
+
+    as_dtensors, as_shards = large_step(init_device_mesh(args.device, (world,)), args.repeats)
+    say(f"a step of {'x'.join(map(str, LARGE))} by frames: {as_dtensors:.0f} us as DTensors, {as_shards:.0f} us as plain shards")
 
     calls = 0
 
