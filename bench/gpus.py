@@ -107,7 +107,9 @@ def main() -> None:
     say(f"  of its trace communicates: {found or 'nothing'}")
 
     as_dtensors, as_shards = large_step(init_device_mesh(args.device, (world,)), args.repeats)
-    say(f"a step of {'x'.join(map(str, LARGE))} by frames: {as_dtensors:.0f} us as DTensors, {as_shards:.0f} us as plain shards")
+    say(
+        f"a step of {'x'.join(map(str, LARGE))} by frames: {as_dtensors:.0f} us as DTensors, {as_shards:.0f} us as plain shards"
+    )
 
     calls = 0
 
