@@ -108,6 +108,19 @@ def test_labels_of_seeds_and_what_is_kept(tmp_path):
     assert torch.equal(kept[5], transform(alone)[0])
 
 
+def test_from_a_models_raw_output(tmp_path):
+    """As the sampler takes it; a run with another standard deviation of the data is another run."""
+    plans = [er_sde_plan(PLAN.sigmas, order=3, sigma_data=sigma_data) for sigma_data in (0.5, 0.6)]
+    generate(model, plans[0], range(9), SHAPE, tmp_path, 4, prediction_type="edm", progress=False)
+    x = 10 * portable_noise((9, *SHAPE), [(seed, 0) for seed in range(9)], step=-1)
+    settings = dict(prediction_type="edm", sigma_data=0.5, max_stage=3, seed=list(range(9)))
+    assert torch.equal(load_samples(tmp_path), sample_er_sde(model, x, PLAN.sigmas, disable=True, **settings))
+    with pytest.raises(ValueError, match="is of a run with another plan"):
+        generate(model, plans[1], range(12), SHAPE, tmp_path, prediction_type="edm", progress=False)
+    with pytest.raises(ValueError, match=r"prediction_type must be None or one of .*, got 'flows'"):
+        generate(model, plans[0], range(9), SHAPE, tmp_path / "b", prediction_type="flows", progress=False)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_work(tmp_path, world):
     said = finish(start(tmp_path, world, seeds=50, batch=4, out=str(tmp_path / "out"), progress=True))
@@ -214,10 +227,12 @@ def test_files_of_another_run_are_not_touched(tmp_path):
     others = [er_sde_plan(levels, s_noise=1.1), er_sde_plan(levels, eta=0.9), er_sde_plan([12, *levels]).starting_at(1)]
     others += [er_sde_plan(levels * (1 + 2e-7)), er_sde_plan(levels, order=[1, 2, 3, 3, 2, 1])]
     for arguments in (*((other, range(20), SHAPE) for other in others), (PLAN, range(20), (5, 3))):
-        with pytest.raises(ValueError, match="is of a run with another plan, shape or dtype"):
+        with pytest.raises(ValueError, match="is of a run with another plan, shape, dtype or prediction_type"):
             generate(model, *arguments, folder, progress=False)
-    with pytest.raises(ValueError, match="is of a run with another plan, shape or dtype"):
+    with pytest.raises(ValueError, match="is of a run with another plan, shape, dtype or prediction_type"):
         generate(model, PLAN, range(20), SHAPE, folder, dtype=torch.float64, progress=False)
+    with pytest.raises(ValueError, match="is of a run with another plan, shape, dtype or prediction_type"):
+        generate(model, PLAN, range(20), SHAPE, folder, prediction_type="sample", progress=False)
     (folder / "samples-x.safetensors").write_bytes(before)
     with pytest.raises(ValueError, match="both hold seed 0"):
         generate(model, PLAN, range(20), SHAPE, folder, progress=False)
