@@ -191,6 +191,7 @@ def test_plain_steps_are_answered_at_once(monkeypatch):
         dict(noise=torch.zeros(1, 40)), dict(noise=torch.zeros(2, 40), seed=5), dict(generator=5), dict(out=torch.zeros(2, 40)),
         dict(predicts=True, unconditional=torch.zeros(2, 40), scale="2"),
         dict(predicts=True, unconditional=torch.zeros(2, 40), scale=float("inf")),
+        dict(predicts=True, unconditional=torch.zeros(2, 40), scale=True),
         dict(predicts=True, unconditional=torch.zeros(2, 40, device="meta"), scale=2.0),
     ],
 )  # fmt: skip
