@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 @functools.cache
 def by_nvrtc():
-    return nvrtc.load(compiled.LIBRARY, compiled.FOLDER)
+    return nvrtc.load(compiled.kernels_library()[0], compiled.FOLDER)
 
 
 @pytest.fixture(params=["extension", "nvrtc"])
