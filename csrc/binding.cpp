@@ -223,9 +223,11 @@ py::object step(const StepCall& call) {
         if (scales->device() != x.device() || !scales->is_contiguous()) return py::none();
         a.rows.scales = scales->const_data_ptr<double>();
       } else {
-        a.rows.scale = PyFloat_AsDouble(call.scale.ptr());
+        PyObject* scale = call.scale.ptr();
+        a.rows.scale = PyFloat_AsDouble(scale);
         if (PyErr_Occurred()) PyErr_Clear();  // it is -1 then
-        if (!std::isfinite(a.rows.scale) || !(PyFloat_Check(call.scale.ptr()) || PyLong_Check(call.scale.ptr()))) return py::none();
+        const bool number = PyFloat_Check(scale) || (PyLong_Check(scale) && !PyBool_Check(scale));
+        if (!number || !std::isfinite(a.rows.scale)) return py::none();
       }
     }
   } else if (!call.unconditional.is_none()) {

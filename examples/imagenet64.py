@@ -39,6 +39,21 @@ def unpickled(path: Path, edm: Path | None):
         raise SystemExit(f"{path} needs the module {error.name}: name the folder of EDM's repository with --edm") from None
 
 
+def asked_of(net):
+    """A model, and what it predicts: of a network inside EDM's preconditioning (Karras et al. 2022, table 1) its raw output, from which
+    the step itself makes the denoised images; of others, which have no sigma_data, those images."""
+    if not hasattr(net, "sigma_data"):
+        return net, None
+
+    def raw_output(x, sigma, class_labels=None):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        scaled = x / (sigma**2 + net.sigma_data**2).sqrt()
+        scaled = scaled.half() if getattr(net, "use_fp16", False) and x.is_cuda else scaled
+        return net.model(scaled, sigma.flatten().log() / 4, class_labels=class_labels).to(x.dtype)
+
+    return raw_output, "edm"
+
+
 @torch.no_grad()
 def statistics(detector, out: Path, seeds: list[int], size: int, batch: int, device) -> tuple[np.ndarray, np.ndarray]:
     """Mean [size] and covariance [size, size] of the detector's features over all samples, shared out over the processes."""
@@ -87,15 +102,19 @@ def main(arguments=None) -> float:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
     net = unpickled(args.network, args.edm)["ema"].to(args.device).eval().requires_grad_(False)
     sigmas = karras_sigmas(args.steps, max(0.002, net.sigma_min), min(80.0, net.sigma_max), round_sigma=net.round_sigma)
+    model, prediction_type = asked_of(net)
+    options = {"order": args.order, "method": args.method, "noise_scaler": args.noise_scaler}
+    plan = er_sde_plan(sigmas, sigma_data=getattr(net, "sigma_data", None), **options)
     generate(
-        net,
-        er_sde_plan(sigmas, order=args.order, method=args.method, noise_scaler=args.noise_scaler),
+        model,
+        plan,
         args.seeds,
         (net.img_channels, net.img_resolution, net.img_resolution),
         args.out,
         args.batch,
         extra_args=lambda seeds: {"class_labels": class_labels_of(net, seeds, device=args.device)},
         transform=to_pixels,
+        prediction_type=prediction_type,
         device=args.device,
     )
     detector = unpickled(args.detector, args.edm).to(args.device).eval()

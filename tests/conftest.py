@@ -4,8 +4,12 @@ import functools
 import os
 from fractions import Fraction
 
-# Where processes share the cores, threads of OpenMP that wait for each other cost more than they do.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Where processes share the cores, threads of OpenMP that wait for each other cost more than they do. A worker inherits the 2
+# of the process that started it, which reads this file before.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
@@ -28,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 @functools.cache
 def by_nvrtc():
-    return nvrtc.load(compiled.LIBRARY, compiled.FOLDER)
+    return nvrtc.load(compiled.kernels_library()[0], compiled.FOLDER)
 
 
 @pytest.fixture(params=["extension", "nvrtc"])

@@ -1,9 +1,7 @@
-"""One process of a run that test_distributed.py starts and kills: python distributed_cases.py JSON."""
+"""One process of a run that test_distributed.py starts and kills."""
 
 import datetime
-import json
 import os
-import sys
 import time
 
 import torch
@@ -80,8 +78,11 @@ def sharded(say):
     assert torch.equal(local, x[:, :, start[1] : start[1] + local.shape[2]])
 
 
-def main():
-    say = json.loads(sys.argv[1])
+def main(say):
+    """What it is to `do`, as `rank` of `world` processes that meet at the file `store`; what it prints goes into `said`."""
+    with open(say["said"], "wb") as said:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
     torch.set_num_threads(1)
     if say["world"] > 1:
         store = dist.FileStore(say["store"], say["world"])
@@ -91,7 +92,3 @@ def main():
     {"generate": generate, "sharded": sharded}[say["do"]](say)
     if say["world"] > 1:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

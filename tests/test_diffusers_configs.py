@@ -4,6 +4,7 @@ A class that diffusers adds tomorrow fails here until it is in one of the tables
 """
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -121,6 +122,16 @@ def expected_schedule(theirs, mu):
     return dpm.sigmas.double().numpy(), dpm.timesteps.double().numpy()
 
 
+@functools.lru_cache(maxsize=1)
+def at_every_timestep(theirs):
+    """A copy of a scheduler, with a run of as many steps as it was trained for: some classes take a second to set that."""
+    theirs = copy.deepcopy(theirs)
+    theirs.set_timesteps(
+        theirs.config.num_train_timesteps, **({"mu": 0.8} if theirs.config.get("use_dynamic_shifting") else {})
+    )
+    return theirs
+
+
 def expected_prediction(theirs, ours, output, sample, mu):
     """The clean sample that the class's own code makes of an output at the first level of the run; None where it shows none."""
     name, sigma = type(theirs).__name__, ours.sigmas[0]
@@ -131,9 +142,7 @@ def expected_prediction(theirs, ours, output, sample, mu):
         return sample + (1 - sigma) * output if theirs.config.get("invert_sigmas") else sample - sigma * output
     if theirs.config.get("variance_type") == "learned_range":
         return None
-    theirs.set_timesteps(
-        theirs.config.num_train_timesteps, **({"mu": 0.8} if theirs.config.get("use_dynamic_shifting") else {})
-    )
+    theirs = copy.deepcopy(at_every_timestep(theirs))
     theirs.sigmas, theirs._step_index = ours.sigmas, 0
     if hasattr(theirs, "convert_model_output"):
         made = theirs.convert_model_output(output, sample=sample)

@@ -5,15 +5,13 @@ ERSDE_FAST_KILLS=20 python -m pytest tests/test_distributed.py        # so many 
 
 import errno
 import itertools
-import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import distributed_cases
 import pytest
 import torch
 from distributed_cases import PLAN, SHAPE, model
@@ -23,25 +21,32 @@ from ersde_fast import er_sde_plan, fast_step, portable_noise, sample_er_sde
 from ersde_fast.distributed import generate, load_samples
 from ersde_fast.distributed.generation import INDEX
 
-CASES = Path(__file__).with_name("distributed_cases.py")
 KILLS = int(os.environ.get("ERSDE_FAST_KILLS", 1))
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["ersde_fast.distributed"])  # which takes a process seconds
 
 
 def start(tmp_path, world, do="generate", **say):
-    """The processes of one run."""
+    """The processes of one run, named by the files of what they say."""
     store = tmp_path / f"store-{time.monotonic_ns()}"
-    return [
-        subprocess.Popen(
-            [sys.executable, CASES, json.dumps({"do": do, "world": world, "rank": rank, "store": str(store), **say})],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
+    processes = []
+    for rank in range(world):
+        said = f"{store}-{rank}.txt"
+        say |= {"do": do, "world": world, "rank": rank, "store": str(store), "said": said}
+        processes.append(SERVER.Process(target=distributed_cases.main, args=(say,), name=said))
+        processes[-1].start()
+    return processes
+
+
+def ended(process):
+    """What a process said in all."""
+    process.join(120)
+    return Path(process.name).read_text()
 
 
 def finish(processes):
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(said)
+    said = [ended(process) for process in processes]
+    assert all(process.exitcode == 0 for process in processes), "\n".join(said)
     return said
 
 
@@ -103,6 +108,19 @@ def test_labels_of_seeds_and_what_is_kept(tmp_path):
     assert torch.equal(kept[5], transform(alone)[0])
 
 
+def test_from_a_models_raw_output(tmp_path):
+    """As the sampler takes it; a run with another standard deviation of the data is another run."""
+    plans = [er_sde_plan(PLAN.sigmas, order=3, sigma_data=sigma_data) for sigma_data in (0.5, 0.6)]
+    generate(model, plans[0], range(9), SHAPE, tmp_path, 4, prediction_type="edm", progress=False)
+    x = 10 * portable_noise((9, *SHAPE), [(seed, 0) for seed in range(9)], step=-1)
+    settings = dict(prediction_type="edm", sigma_data=0.5, max_stage=3, seed=list(range(9)))
+    assert torch.equal(load_samples(tmp_path), sample_er_sde(model, x, PLAN.sigmas, disable=True, **settings))
+    with pytest.raises(ValueError, match="is of a run with another plan"):
+        generate(model, plans[1], range(12), SHAPE, tmp_path, prediction_type="edm", progress=False)
+    with pytest.raises(ValueError, match=r"prediction_type must be None or one of .*, got 'flows'"):
+        generate(model, plans[0], range(9), SHAPE, tmp_path / "b", prediction_type="flows", progress=False)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_work(tmp_path, world):
     said = finish(start(tmp_path, world, seeds=50, batch=4, out=str(tmp_path / "out"), progress=True))
@@ -118,13 +136,13 @@ def test_killed_at_any_moment(tmp_path, world):
     for _ in range(KILLS):
         before = len(list(out.glob("samples-*")))
         processes = start(tmp_path, world, seeds=seeds, batch=rng.randint(3, 12), out=str(out), sleep=0.002)
-        while len(list(out.glob("samples-*"))) == before and any(process.poll() is None for process in processes):
+        while len(list(out.glob("samples-*"))) == before and any(process.is_alive() for process in processes):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.3)
         for process in processes:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         for process in processes:
-            process.communicate()
+            process.join()
         files = [load_file(path) for path in out.glob("samples-*.safetensors")]  # every one whole
         assert files and len({seed for file in files for seed in file["seeds"].tolist()}) == sum(
             len(file["seeds"]) for file in files
@@ -141,13 +159,13 @@ def test_one_of_several_fails_or_dies(tmp_path):
     """The others end with a message that says what is kept, and the next run finishes."""
     out = tmp_path / "out"
     processes = start(tmp_path, 2, seeds=60, batch=4, out=str(out), fails=1, fails_at=15)
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert all(process.returncode for process in processes)
+    said = [ended(process) for process in processes]
+    assert all(process.exitcode for process in processes)
     assert "1 of the other processes failed" in said[0] and "call generate again for the rest" in said[0]
     assert "ArithmeticError: this process fails on purpose" in said[1]
     processes = start(tmp_path, 2, seeds=60, batch=4, out=str(out), dies=1, dies_at=15)
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert "another process than rank 0 has died" in said[0] and "samples are in" in said[0] and processes[1].returncode == 9
+    said = [ended(process) for process in processes]
+    assert "another process than rank 0 has died" in said[0] and "samples are in" in said[0] and processes[1].exitcode == 9
     finish(start(tmp_path, 2, seeds=60, batch=4, out=str(out)))
     assert torch.equal(load_samples(out), expected(range(60)))
 
@@ -209,10 +227,12 @@ def test_files_of_another_run_are_not_touched(tmp_path):
     others = [er_sde_plan(levels, s_noise=1.1), er_sde_plan(levels, eta=0.9), er_sde_plan([12, *levels]).starting_at(1)]
     others += [er_sde_plan(levels * (1 + 2e-7)), er_sde_plan(levels, order=[1, 2, 3, 3, 2, 1])]
     for arguments in (*((other, range(20), SHAPE) for other in others), (PLAN, range(20), (5, 3))):
-        with pytest.raises(ValueError, match="is of a run with another plan, shape or dtype"):
+        with pytest.raises(ValueError, match="is of a run with another plan, shape, dtype or prediction_type"):
             generate(model, *arguments, folder, progress=False)
-    with pytest.raises(ValueError, match="is of a run with another plan, shape or dtype"):
+    with pytest.raises(ValueError, match="is of a run with another plan, shape, dtype or prediction_type"):
         generate(model, PLAN, range(20), SHAPE, folder, dtype=torch.float64, progress=False)
+    with pytest.raises(ValueError, match="is of a run with another plan, shape, dtype or prediction_type"):
+        generate(model, PLAN, range(20), SHAPE, folder, prediction_type="sample", progress=False)
     (folder / "samples-x.safetensors").write_bytes(before)
     with pytest.raises(ValueError, match="both hold seed 0"):
         generate(model, PLAN, range(20), SHAPE, folder, progress=False)

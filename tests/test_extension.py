@@ -16,17 +16,19 @@ sys.path += {path!r}
 import ersde_fast, torch
 assert ersde_fast.__file__.startswith({folder!r}), ersde_fast.__file__
 plan, x = ersde_fast.er_sde_plan([3, 2, 1, 0]), torch.ones(2, 3)
+step = lambda x: ersde_fast.fast_step(plan, 0, x, [x], seed=5)
 for _ in range(3):
-    ersde_fast.fast_step(plan, 0, x, [x], seed=5)
-    torch.compile(lambda x: ersde_fast.fast_step(plan, 0, x, [x], seed=5), backend="eager")(x)
+    step(x)
+    {compiled}
 print(ersde_fast.available_backends()["cpu"])
 """
 INFO = "REASONS, TORCH = {!r}, {!r}\n"
 
 
-def steps(folder, *flags, **environment):
-    """What three steps of the package in that folder say: its reason, and its warnings."""
-    code = STEPS.format(folder=str(folder), path=[path for path in sys.path if path.endswith("-packages")])
+def steps(folder, *flags, compiled=False, **environment):
+    """What three steps of the package in that folder say: its reason, and its warnings. Where `compiled`, three in compiled code too."""
+    compiled = 'torch.compile(step, backend="eager")(x)' if compiled else ""
+    code = STEPS.format(folder=str(folder), compiled=compiled, path=[path for path in sys.path if path.endswith("-packages")])
     command = [sys.executable, *flags, "-S", "-c", code]  # -S: or an editable installation lends its extension
     environment = os.environ | {"PYTHONPATH": str(folder), **environment}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
@@ -56,13 +58,13 @@ def package(tmp_path):
 def test_the_reason_and_the_warning(package, built, reason):
     for name, text in built.items():
         (package / name).write_text(text)
-    said, warned = steps(package.parent, "-Walways")
+    said, warned = steps(package.parent, "-Walways", compiled=not built)
     assert reason in said and "circular" not in said
     assert warned.count("UserWarning: ersde-fast has no kernel for cpu tensors") == 1 and said in warned
     assert "ERSDE_FAST_QUIET=1" in warned
 
 
 def test_the_warning_can_be_silenced(package):
-    assert "ersde-fast" not in steps(package.parent, "-Walways", ERSDE_FAST_QUIET="1")[1]
+    assert "ersde-fast" not in steps(package.parent, "-Walways", compiled=True, ERSDE_FAST_QUIET="1")[1]
     assert "ersde-fast" not in steps(package.parent, "-Wignore:ersde-fast")[1]
     assert "UserWarning: ersde-fast has no kernel" in steps(package.parent, "-Werror")[1]

@@ -19,8 +19,8 @@ def gaussian(x, sigma, **kwargs):
     return (variance * MEAN + STD**2 * x) / (variance + STD**2)
 
 
-def start(sigmas, batch=64):
-    return sigmas[0] * torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+def start(sigmas, batch=8):
+    return sigmas[0] * torch.randn(batch, 8, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("noise", ["default", "brownian tree", "brownian trees"])
@@ -47,9 +47,9 @@ def test_the_tree_ties_step_counts_together():
 
     def run(n, noise_sampler):
         sigmas = K.get_sigmas_karras(n, 0.02, 80.0)
-        return sample_er_sde(gaussian, start(sigmas, 4), sigmas, noise_sampler=noise_sampler, disable=True)
+        return sample_er_sde(gaussian, start(sigmas, 1), sigmas, noise_sampler=noise_sampler, disable=True)
 
-    tree = K.BrownianTreeNoiseSampler(start(torch.tensor([80.0]), 4), 0.02, 80.0, seed=7)
+    tree = K.BrownianTreeNoiseSampler(start(torch.tensor([80.0]), 1), 0.02, 80.0, seed=7)
     runs = [run(n, tree) for n in (20, 40, 80)]
     differences = [(a - b).std().item() for a, b in pairwise(runs)]
     assert differences[1] < differences[0] < 0.5 * (run(20, None) - run(40, None)).std().item()

@@ -16,7 +16,7 @@ from ersde_fast.backends import CPU, compiled, extension, library
 from ersde_fast.noise import seed_table
 
 HEADER = (Path(__file__).parents[1] / "csrc" / "er_sde_c.h").read_text()
-BY_CTYPES = library.CPULibrary(compiled.LIBRARY)
+BY_CTYPES = library.CPULibrary(compiled.kernels_library()[0])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PLANS = [
     er_sde_plan([9, 5, 4, 2, 1, 0.5, 0], order=order, noise_scaler=scaler)
@@ -65,7 +65,7 @@ def steps(draw):
         if guided:
             of["unconditional"] = draw(tensors(shape, others))
             scales = torch.linspace(1, 7, batch, dtype=torch.float64)
-            of["scale"] = draw(st.sampled_from([1.5, 3, scales, scales.float(), float("nan"), None]))
+            of["scale"] = draw(st.sampled_from([1.5, 3, True, scales, scales.float(), float("nan"), None]))
     if where == "ring":
         i, history = torch.tensor(draw(st.integers(0, plan.num_steps - 1))), history[:1]
         of |= {"trusted": True, "predicts": True, "ring": torch.zeros(plan.order, *shape, dtype=draw(st.sampled_from(others)))}
@@ -221,12 +221,14 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(library, "VERSION", -1)
     assert library.load(compiled.FOLDER) == (
         None,
-        f"the library of kernels is of version {compiled.LIBRARY.ersde_version()}, and this is -1: reinstall ersde-fast",
+        f"the library of kernels is of version {compiled.kernels_library()[0].ersde_version()}, and this is -1: reinstall ersde-fast",
     )
 
 
 def test_what_the_header_and_python_both_state():
-    assert int(re.search(r"ERSDE_C_VERSION (\d+)", HEADER)[1]) == library.VERSION == compiled.LIBRARY.ersde_version()
+    assert (
+        int(re.search(r"ERSDE_C_VERSION (\d+)", HEADER)[1]) == library.VERSION == compiled.kernels_library()[0].ersde_version()
+    )
     assert int(re.search(r"ersde_most_words = (\d+)", HEADER)[1]) == library.MOST_WORDS
     number = dict(re.findall(r"ersde_(\w+) = (\d+),", HEADER))
     assert (int(number["needs_kernel"]), int(number["failed"])) == (library.NEEDS_KERNEL, library.FAILED)

@@ -24,7 +24,7 @@ def cpu_way(request, monkeypatch):
             pytest.skip("the extension was not built")
         monkeypatch.setattr(CPU, "kernels", extension._C)
     else:
-        monkeypatch.setattr(CPU, "kernels", library.CPULibrary(compiled.LIBRARY))
+        monkeypatch.setattr(CPU, "kernels", library.CPULibrary(compiled.kernels_library()[0]))
 
 
 def inputs(shape, count=4, dtype=torch.float32):

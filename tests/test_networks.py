@@ -106,17 +106,17 @@ def test_training(kind, tmp_path, monkeypatch):
     np.savez(tmp_path / "small.npz", images=images, labels=labels, held_out=np.arange(60) % 5 == 0)
     monkeypatch.setattr(pictures, "CACHE", tmp_path)
     monkeypatch.setattr(trained, "NETWORKS", {"small": (kind, SMALL)})
-    monkeypatch.setattr(train, "DRAWS", 96)
+    monkeypatch.setattr(train, "DRAWS", 24)
     monkeypatch.setattr(train, "write_grid", functools.partial(train.write_grid, columns=2, num_steps=3))
     held_images, held_labels = pictures.pictures("small", held_out=True)
     held = held_images, torch.eye(3)[held_labels]
     torch.manual_seed(0)
     untrained = train.evaluate(trained.build("small").eval(), *held)
     monkeypatch.setattr(train, "monotonic", itertools.count().__next__)  # a second a step
-    train.train("small", 50.0, 8, 0.1, "cpu", tmp_path, save_every=30.0)
+    train.train("small", 24.0, 8, 0.1, "cpu", tmp_path, save_every=15.0)
     kept = json.loads((tmp_path / "small.json").read_text())
     net = trained.load("small", tmp_path)
     assert kept["loss"]["held out, 8 bits"] == pytest.approx(train.evaluate(net, *held), rel=1e-4)
-    assert 40 < kept["steps"] < 50 and kept["loss"]["held out"] < 0.8 * untrained
+    assert 20 < kept["steps"] < 24 and kept["loss"]["held out"] < 0.8 * untrained
     assert kept["loss"]["held out, 8 bits"] == pytest.approx(kept["loss"]["held out"], rel=0.05)
     assert (tmp_path / "small.png").stat().st_size > 0

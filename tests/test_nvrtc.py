@@ -14,7 +14,7 @@ import torch
 from ersde_fast.backends import compiled, nvrtc
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = [compiled.LIBRARY.ersde_kernel_name(number).decode() for number in range(nvrtc.KERNELS)]
+NAMES = [compiled.kernels_library()[0].ersde_kernel_name(number).decode() for number in range(nvrtc.KERNELS)]
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +152,11 @@ def test_where_kernels_are_kept(monkeypatch, platform, environment, folder):
 
 def test_why_there_are_no_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert nvrtc.load(compiled.LIBRARY, tmp_path)[1] == f"torch {torch.__version__} has no CUDA"
+    assert nvrtc.load(compiled.kernels_library()[0], tmp_path)[1] == f"torch {torch.__version__} has no CUDA"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert nvrtc.load(None, tmp_path)[1] == "the library that launches the kernels is missing"
     monkeypatch.setattr(nvrtc.ctypes, "CDLL", lambda *_: (_ for _ in ()).throw(OSError("no such file")))
-    assert nvrtc.load(compiled.LIBRARY, tmp_path)[1] == "the driver of CUDA 11.8 or newer is needed (no such file)"
+    assert nvrtc.load(compiled.kernels_library()[0], tmp_path)[1] == "the driver of CUDA 11.8 or newer is needed (no such file)"
 
 
 def test_why_there_is_no_compiler(monkeypatch, tmp_path):

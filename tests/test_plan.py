@@ -295,10 +295,11 @@ EPS_OF = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float
 
 @pytest.mark.parametrize("of", [lambda s: s, lambda s: s.double(), lambda s: s.tolist(), lambda s: s.numpy(), list])
 def test_flows_of_every_shift_start_at_1(of):
-    """As diffusers and ComfyUI shift the levels, in float32: some starts are an ulp above 1."""
+    """As diffusers and ComfyUI shift the levels, in float32: some starts are an ulp above 1, some below."""
     times = torch.tensor([1000, 750, 250, 1]) / 1000
     schedules = [shift * times / (1 + (shift - 1) * times) for shift in (1 + k / 100 for k in range(901))]
-    assert any(sigmas[0] > 1 for sigmas in schedules)
+    schedules = [schedules[0], *(sigmas for sigmas in schedules if sigmas[0] != 1)]
+    assert any(sigmas[0] > 1 for sigmas in schedules) and any(sigmas[0] < 1 for sigmas in schedules)
     for sigmas in schedules:
         plan = er_sde_plan(of(sigmas), process="flow")
         assert plan.sigmas[0] == (1 if sigmas[0] >= 1 else sigmas[0]) and torch.equal(plan.sigmas[1:], sigmas[1:].double())

@@ -136,11 +136,11 @@ def test_the_guided_network_is_its_formula(scale):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_network_as_a_problem(scale):
     """Samples nearer to the network's limit with more evaluations; the same cell twice; its levels placed between the ends."""
-    of = Network("digits", "cpu", scale, samples=40, batch=20)
+    of = Network("digits", "cpu", scale, samples=30, batch=10)
     limit = of.reference(of.run(LIMIT, karras_sigmas(12, 0.002, 20.0), 100))
     few, many = (of.compare(of.run(LIMIT, karras_sigmas(n, 0.002, 20.0), 0), limit) for n in (3, 8))
     assert many["frechet"] < few["frechet"] and many["data"] < few["data"]
-    assert many == of.compare(of.run(LIMIT, karras_sigmas(8, 0.002, 20.0), 0), limit)
+    assert few == of.compare(of.run(LIMIT, karras_sigmas(3, 0.002, 20.0), 0), limit)
     placed = of.placed(karras_sigmas(12, 0.002, 20.0), 5)
     assert placed.tolist()[::4] == pytest.approx([20, 0.002]) and len(placed) == 6
 

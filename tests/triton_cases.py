@@ -1,5 +1,6 @@
 """Run by test_triton.py in a process of its own with TRITON_INTERPRET=1: the Triton kernel against the other backends."""
 
+import os
 import sys
 
 import pytest
@@ -18,10 +19,11 @@ from ersde_fast.noise import Portable, box_muller, seed_table
 from ersde_fast.predictions import PREDICTION_TYPES
 from ersde_fast.request import StepRequest
 
+EXAMPLES = int(os.environ.get("ERSDE_EXAMPLES", 40))
 DTYPES = [torch.float32, torch.float64, torch.float16]  # the interpreter truncates to bfloat16 instead of rounding
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.sampled_from(DTYPES),
     st.sampled_from(DTYPES),
@@ -47,7 +49,7 @@ def test_a_step(dtype, other, order, shape, source):
     assert_step_exact(result, plan, 4, x, history, drawn)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES * 5 // 8, deadline=None)
 @given(
     st.sampled_from(DTYPES),
     st.sampled_from(DTYPES),
@@ -77,7 +79,7 @@ def test_from_a_models_output(dtype, other, order, shape, name, scale, cfg_pp):
     assert_sum_exact(result, [*terms, (row.w_noise, noise)], x, ulps=order + 4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=EXAMPLES * 3 // 8, deadline=None)
 @given(st.data(), st.booleans())
 def test_samples_at_their_own_steps_of_their_own_plans(data, predicts):
     """Rows, counters and history lengths from memory: the noise's bits, and what a sample does not use is not read."""
@@ -122,11 +124,11 @@ def test_strides_and_out():
     assert torch.equal(x, expected)
 
 
-@pytest.mark.parametrize("size", [4096, 4097, 11_000])
-def test_blocks_one_after_another(size, monkeypatch):
+@pytest.mark.parametrize("batch, size", [(1, 4096), (2, 4097), (1, 11_000)])
+def test_blocks_one_after_another(batch, size, monkeypatch):
     monkeypatch.setattr(kernel, "LARGE", 0)
     plan = er_sde_plan([9, 8, 6.5, 5, 4, 3], order=3)
-    x, *history = (torch.randn(2, size).half() for _ in range(4))
+    x, *history = (torch.randn(batch, size).half() for _ in range(4))
     expected = fast_step(plan, 4, x, history, seed=5, backend="cpu")
     assert torch.equal(fast_step(plan, 4, x, history, seed=5, backend="triton"), expected)
 
@@ -189,6 +191,7 @@ def test_plain_steps_are_answered_at_once(monkeypatch):
         dict(noise=torch.zeros(1, 40)), dict(noise=torch.zeros(2, 40), seed=5), dict(generator=5), dict(out=torch.zeros(2, 40)),
         dict(predicts=True, unconditional=torch.zeros(2, 40), scale="2"),
         dict(predicts=True, unconditional=torch.zeros(2, 40), scale=float("inf")),
+        dict(predicts=True, unconditional=torch.zeros(2, 40), scale=True),
         dict(predicts=True, unconditional=torch.zeros(2, 40, device="meta"), scale=2.0),
     ],
 )  # fmt: skip

@@ -4,6 +4,8 @@ The extension is quicker on the host, and is taken where it was built. ERSDE_FAS
 way all the same: for tests, and to compare.
 """
 
+import ctypes
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -118,7 +120,7 @@ class CompiledForCUDA(Compiled):
         if not torch.cuda.is_available():
             return self.why_no_kernels or "torch sees no CUDA device"
         if self.kernels is None and self.why_no_kernels is None:  # not tried before there is a device
-            kernels, why = nvrtc.load(LIBRARY, FOLDER)
+            kernels, why = nvrtc.load(kernels_library()[0], FOLDER)
             if kernels is None:
                 self.why_no_kernels = _both(WHY_NO_EXTENSION_FOR_CUDA, why)
             else:
@@ -189,16 +191,21 @@ def _extension_unless(variable: str) -> tuple[Any, str | None]:
     return None, None
 
 
-LIBRARY, WHY_NO_LIBRARY = library.load(FOLDER)
+@functools.cache
+def kernels_library() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library and None, or None and why there is none; opened when it is first asked for."""
+    return library.load(FOLDER)
+
+
 CPU, CUDA = Compiled("cpu"), CompiledForCUDA("cuda")
 
 _for_cpu, _why = _extension_unless("ERSDE_FAST_CPU")
 if _for_cpu is not None:
     CPU.take("extension", _for_cpu)
-elif LIBRARY is not None:
-    CPU.take("library", library.CPULibrary(LIBRARY))
+elif (_opened := kernels_library()[0]) is not None:
+    CPU.take("library", library.CPULibrary(_opened))
 else:
-    CPU.why_no_kernels = _both(_why, WHY_NO_LIBRARY)
+    CPU.why_no_kernels = _both(_why, kernels_library()[1])
 
 _for_cuda, WHY_NO_EXTENSION_FOR_CUDA = _extension_unless("ERSDE_FAST_CUDA")
 if _for_cuda is not None and _for_cuda.has_cuda:

@@ -49,6 +49,13 @@ NAME = {"win32": "_kernels.dll", "darwin": "_kernels.dylib"}.get(sys.platform, "
 REINSTALL = "reinstall ersde-fast"
 
 
+OF_OBJECTS = {  # functions of Python's objects, see Library
+    "words": [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p],
+    "step_objects": [ctypes.c_char_p, ctypes.c_double, ctypes.c_void_p],
+    "step_objects_cuda": [ctypes.c_char_p, ctypes.c_double, ctypes.c_void_p, ctypes.c_void_p],
+}
+
+
 class PlanCall(ctypes.Structure):
     """`ersde_plan_call`."""
 
@@ -93,7 +100,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("torch_advance", word, [word, word, word]),
         ("torch_noise", None, [pointer, ctypes.c_uint64, ctypes.c_uint64, word, word, word]),
         ("box_muller", None, [pointer, pointer, pointer, pointer, word]),
-        *((name, integer, []) for name in ("words", "step_objects", "step_objects_cuda")),  # see Library
+        *((name, integer, arguments) for name, arguments in OF_OBJECTS.items()),
         ("instruction_set", ctypes.c_char_p, []),
         ("use_instruction_set", integer, [integer]),
     ]:
@@ -115,11 +122,7 @@ class Library:
     def __init__(self, library: ctypes.CDLL):
         self.library = library
         self.objects = ctypes.PyDLL(library._name)  # whose functions are called with the interpreter's lock
-        for name, arguments in [
-            ("words", [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]),
-            ("step_objects", [ctypes.c_char_p, ctypes.c_double, ctypes.c_void_p]),
-            ("step_objects_cuda", [ctypes.c_char_p, ctypes.c_double, ctypes.c_void_p, ctypes.c_void_p]),
-        ]:
+        for name, arguments in OF_OBJECTS.items():
             getattr(self.objects, f"ersde_{name}").argtypes = arguments
         pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
         pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
@@ -424,9 +427,15 @@ def _scale(scale, x: Tensor) -> tuple[float, int]:
         ):
             raise NotPlain
         return 0.0, scale.data_ptr()
-    if not isinstance(scale, (int, float)) or not -sys.float_info.max <= scale <= sys.float_info.max:
+    if not is_scale(scale):
         raise NotPlain
     return float(scale), 0
+
+
+def is_scale(scale) -> bool:
+    """Whether it is a number that the guidance may have."""
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    return number and -sys.float_info.max <= scale <= sys.float_info.max
 
 
 def _portable(seed, x: Tensor) -> tuple[tuple[int, ...], Tensor | None]:

@@ -4,7 +4,6 @@ import ctypes
 import functools
 import os
 import shutil
-import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..noise import Portable, TorchStream
 from ..reference import portable_noise_of
 from ..table import W_D, W_NOISE
 from .base import FLOATS, MAX_DIMS, Backend, refuses_tensors
-from .library import PLAIN, NotPlain, check_generator, is_unwatched
+from .library import PLAIN, NotPlain, check_generator, is_scale, is_unwatched
 
 ROWS = [ctypes.c_double * columns for columns in range(W_D + 6)]  # by their length
 
@@ -79,7 +78,7 @@ class TritonKernels:
         while width > W_D + predicts and row[width - 1] == 0:
             width -= 1
         uses = width - W_D
-        if len(history) < uses or (unconditional is not None and not _is_scale(scale)):
+        if len(history) < uses or (unconditional is not None and not is_scale(scale)):
             return None
         inputs = [x, *history[:uses]]
         if unconditional is not None:
@@ -103,10 +102,6 @@ class TritonKernels:
         outputs = torch.empty_like(x), torch.empty_like(x) if predicts else None
         self.module.launch(x, inputs[1 : 1 + uses], unconditional, noise, outputs, row, scale, drawn)
         return outputs if predicts else outputs[0]
-
-
-def _is_scale(scale) -> bool:
-    return type(scale) in (int, float) and -sys.float_info.max <= scale <= sys.float_info.max
 
 
 def _are_plain(tensors: list[Tensor], x: Tensor) -> bool:

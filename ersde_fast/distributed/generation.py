@@ -21,7 +21,7 @@ from ..draw import portable_noise
 from ..files import safetensors_for, write_whole
 from ..noise import seed_table
 from ..plan import Plan
-from ..sample import Source, sample_plan
+from ..sample import Output, Source, sample_plan
 
 INDEX = "index.json"
 
@@ -36,6 +36,7 @@ def generate(
     *,
     extra_args: Callable[[list[int]], dict] | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
+    prediction_type: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     progress: bool = True,
@@ -58,6 +59,7 @@ def generate(
         batch_size: samples that one process computes together.
         extra_args: from a batch's seeds to the model's further arguments, such as class labels.
         transform: what is kept of a batch of samples, [batch, ...] to [batch, ...], such as a decoder's images.
+        prediction_type: what the model returns in the place of the denoised sample; see `ersde_fast.fast_step`.
         dtype, device: of the latents.
         progress: shows one progress bar, the first process's.
 
@@ -68,7 +70,7 @@ def generate(
     """
     seeds, shape = _check(plan, seeds, shape, batch_size, dtype)
     rank, world, group = _processes()
-    folder, run = Path(out_dir), _fingerprint(plan, shape, dtype)
+    folder, run = Path(out_dir), _fingerprint(plan, shape, dtype, prediction_type)
     done = _from_first(lambda: _prepare(folder, run, seeds), rank, group)
     missing = [seed for seed in seeds if seed not in done]
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
@@ -81,7 +83,8 @@ def generate(
             try:
                 samples = None
                 if batch:
-                    samples = _sample(model, plan, batch, shape, extra_args, transform, dtype, device)
+                    samples = _sample(model, plan, batch, shape, extra_args, prediction_type, dtype, device)
+                    samples = _transformed(samples, transform)
                 count = writing.result() if writing else 0  # the batch before, written while this one was computed
                 writing = None
                 if batch:
@@ -206,25 +209,30 @@ class _Sums:
         return f"{what}; at least {self.written} samples are in {self.folder}: call generate again for the rest"
 
 
-def _fingerprint(plan: Plan, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+def _fingerprint(plan: Plan, shape: tuple[int, ...], dtype: torch.dtype, prediction_type: str | None) -> str:
     """Of all that a sample depends on but its seed and the model: the plan's numbers as precisely as steps of that dtype take them.
 
     So an ulp of float64 between two machines, which no float32 sample shows, makes no other run.
     """
     precision = torch.promote_types(dtype, torch.float32)
     numbers = b"".join(values.to(precision).numpy().tobytes() for values in (plan.sigmas, plan.weights))
-    return hashlib.sha256(numbers + json.dumps([plan.first_step, shape, str(dtype)]).encode()).hexdigest()
+    words = [plan.first_step, shape, str(dtype)]
+    if prediction_type is not None:
+        words += [prediction_type, plan.sigma_data]
+    return hashlib.sha256(numbers + json.dumps(words).encode()).hexdigest()
 
 
-def _sample(model, plan, seeds, shape, extra_args, transform, dtype, device) -> Tensor:
+def _sample(model, plan, seeds, shape, extra_args, prediction_type, dtype, device) -> Tensor:
     x = plan.sigmas[0].item() * portable_noise((len(seeds), *shape), seeds, step=-1, device=device)
-    x = sample_plan(
-        plan, model, x.to(dtype), extra_args(seeds) if extra_args else None, disable=True, source=Source(seed=seeds)
-    )
-    x = x if transform is None else transform(x)
-    if len(x) != len(seeds):
-        raise ValueError(f"transform must return one result a sample, {len(seeds)}, got {len(x)}")
-    return x.cpu().contiguous()
+    told, source = extra_args(seeds) if extra_args else None, Source(seed=seeds)
+    return sample_plan(plan, model, x.to(dtype), told, disable=True, source=source, returns=Output(prediction_type))
+
+
+def _transformed(x: Tensor, transform) -> Tensor:
+    samples = x if transform is None else transform(x)
+    if len(samples) != len(x):
+        raise ValueError(f"transform must return one result a sample, {len(x)}, got {len(samples)}")
+    return samples.cpu().contiguous()
 
 
 def _prepare(folder: Path, run: str, seeds: list[int]) -> set[int]:
@@ -248,7 +256,7 @@ def _held(folder: Path, run: str) -> dict[str, list[int]]:
     for path in sorted(folder.glob("samples-*.safetensors")):
         metadata, _, seeds = _read(path, header_only=True)
         if metadata.get("run") != run:
-            raise ValueError(f"{path} is of a run with another plan, shape or dtype: name another out_dir")
+            raise ValueError(f"{path} is of a run with another plan, shape, dtype or prediction_type: name another out_dir")
         for seed in seeds:
             if seed in where:
                 raise ValueError(f"{path} and {where[seed]} both hold seed {seed}: delete one of them")
