@@ -59,7 +59,7 @@ def generate(
         batch_size: samples that one process computes together.
         extra_args: from a batch's seeds to the model's further arguments, such as class labels.
         transform: what is kept of a batch of samples, [batch, ...] to [batch, ...], such as a decoder's images.
-        prediction_type: what the model returns in the place of the denoised sample; see `ersde_fast.fast_step`.
+        prediction_type: what the model returns, where that is not the denoised sample; see `ersde_fast.fast_step`.
         dtype, device: of the latents.
         progress: shows one progress bar, the first process's.
 
