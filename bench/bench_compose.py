@@ -3,6 +3,8 @@
 Each beside what it replaces. Bytes count each tensor of the fused step once.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -60,13 +62,16 @@ def from_output(shape, dtype):
     guidance = (unconditional, 3.0)
     return {
         "fused": lambda: fast_step(PLAN, STEP, x, [output, *older], seed=1, prediction_type="v", guidance=guidance),
+        "fused, by CFG++": lambda: fast_step(
+            PLAN, STEP, x, [output, *older], seed=1, prediction_type="v", guidance=(unconditional, 0.6), cfg_pp=True
+        ),
         "operators, then the step": converted,
         "operators": lambda: operators(x, output, unconditional, *older),
         "torch.compile": lambda: compiled(x, output, unconditional, *older),
     }
 
 
-@pytest.mark.parametrize("name", ["fused", "operators, then the step", "operators", "torch.compile"])
+@pytest.mark.parametrize("name", ["fused", "fused, by CFG++", "operators, then the step", "operators", "torch.compile"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(
     "shape", [(1, 4, 64, 64), (1, 16, 128, 128), (1, 16, 21, 90, 160), (1, 64 << 20)], ids=lambda s: "x".join(map(str, s))
@@ -166,13 +171,16 @@ def test_loop_of_20_steps(benchmark, shape, dtype, name):
     measure(benchmark, name, function, torch.Size(shape).numel() * 20)
 
 
-@pytest.mark.parametrize("name", ["er_sde_plan on the host", "kernel where sigmas lie"])
+@pytest.mark.parametrize("name", ["er_sde_plan on the host", "kernel where sigmas lie", "the same with eta by the step"])
 @pytest.mark.parametrize("steps", [20, 50, 1000])
 def test_plan(benchmark, steps, name):
     """A plan on the host, and by the kernel alone where its sigmas lie (on a CPU: the same code, without the checks)."""
     sigmas = torch.linspace(80, 0.002, steps + 1, dtype=torch.float64)
     there, host = sigmas.to(DEVICE), er_sde_plan(sigmas)
+    etas = torch.linspace(0, 1, steps, dtype=torch.float64)
+    windowed = dataclasses.replace(host.options, eta=etas.to(DEVICE))
     functions = {
+        "the same with eta by the step": lambda: _build_by_kernel(there, None, windowed),
         "er_sde_plan on the host": lambda: er_sde_plan(sigmas),
         "kernel where sigmas lie": lambda: _build_by_kernel(there, None, host.options),
     }

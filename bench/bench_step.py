@@ -6,6 +6,9 @@ torch.compile gets the weights as Python floats; where noise is drawn it draws w
 Bytes count each tensor of the fused step once: x, the predictions and the noise read, the result written.
 """
 
+import contextlib
+from unittest import mock
+
 import pytest
 import rivals
 import torch
@@ -13,6 +16,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from conftest import DEVICE, LARGE, measure
 from ersde_fast import er_sde_plan, fast_step, reference_step
+from ersde_fast.backends import CUDA, compiled, nvrtc
 
 SHAPES = [(1, 4, 64, 64), (1, 16, 128, 128), (1, 16, 21, 90, 160), (1, 64 << 20)]
 if DEVICE == "cuda":
@@ -80,8 +84,11 @@ def contender(shape, dtype, order, source, name):
 
         return step
 
+    step = lambda: fast_step(plan, STEP, x, history, **kwargs())  # noqa: E731
     makers = {
-        "fused": lambda: lambda: fast_step(plan, STEP, x, history, **kwargs()),
+        "fused": lambda: step,
+        "NVRTC": lambda: step,
+        "torch.add": lambda: lambda: torch.add(x, history[0]),
         "Triton": lambda: lambda: fast_step(plan, STEP, x, history, backend="triton", **kwargs()),
         "eager expression": lambda: lambda: expression(*floats, x, *history, *z()),
         "lean eager chain": lambda: lambda: rivals.lean_chain(row, x, history, noise),
@@ -96,17 +103,33 @@ def contender(shape, dtype, order, source, name):
 
 
 COMPILED = ["torch.compile", "torch.compile, fallback_random" if DEVICE == "cpu" else "torch.compile, reduce-overhead"]
-TRITON = ["Triton"] if DEVICE == "cuda" else []
+OTHER_WAYS = ["NVRTC", "Triton"] if DEVICE == "cuda" else []
 RIVALS = {
     (1, "tensor"): ["fused", "eager expression", "torch.compile"],
-    (3, "no noise"): ["fused", *TRITON, "torch.compile"],
+    (3, "no noise"): ["fused", *OTHER_WAYS, "torch.add", "torch.compile"],
     (3, "tensor"): ["fused", "eager expression", "lean eager chain", "reference", "torch.compile", "existing samplers"],
-    (3, "portable"): ["fused", *TRITON],
-    (3, "torch"): ["fused", *TRITON, "eager expression", *COMPILED, "existing samplers", "DPM-Solver++ 2M SDE of diffusers"],
+    (3, "portable"): ["fused", *OTHER_WAYS],
+    (3, "torch"): [
+        "fused",
+        *OTHER_WAYS,
+        "eager expression",
+        *COMPILED,
+        "existing samplers",
+        "DPM-Solver++ 2M SDE of diffusers",
+    ],
 }
 if DEVICE == "cuda":
     RIVALS = {key: names for key, names in RIVALS.items() if key[0] == 3 and key[1] != "tensor"}
 CASES = [(*key, name) for key, names in RIVALS.items() for name in names]
+
+
+def by_way(name):
+    """While it lasts, steps on CUDA go that way."""
+    if name != "NVRTC":
+        return contextlib.nullcontext()
+    kernels, why = nvrtc.load(compiled.kernels_library()[0], compiled.FOLDER)
+    assert kernels is not None, why
+    return mock.patch.multiple(CUDA, kernels=kernels, way="nvrtc")
 
 
 @pytest.mark.parametrize("order, source, name", CASES, ids=lambda v: str(v))
@@ -120,4 +143,5 @@ def test_step(benchmark, copy_bandwidth, shape, dtype, order, source, name):
         pytest.skip("the launch is measured with noise")
     function, streams = contender(shape, dtype, order, source, name)
     benchmark.group = f"order {order}, {source}, {str(dtype).removeprefix('torch.')}, {'x'.join(map(str, shape))}"
-    measure(benchmark, name, function, numel, streams, dtype, copy_bandwidth)
+    with by_way(name):
+        measure(benchmark, name, function, numel, 3 if name == "torch.add" else streams, dtype, copy_bandwidth)
