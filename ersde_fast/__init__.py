@@ -17,6 +17,8 @@ from .sample import sample_er_sde
 from .schedules import place_sigmas
 from .step import fast_step, reference_step
 
+__version__ = "0.2.0"
+
 
 def __getattr__(name: str):
     """The parts that are imported when they are first used."""
