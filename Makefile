@@ -12,7 +12,7 @@ else
 PY := $(VENV)/bin/python
 endif
 
-.PHONY: env demo test lint sanitize wheels bench quality clean
+.PHONY: env demo test lint docs sanitize wheels bench quality clean
 .DELETE_ON_ERROR:
 
 env: $(if $(PYTHON),build,$(VENV)/done)
@@ -44,6 +44,11 @@ lint: env
 test: env $(if $(PYTHON),,lint)
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
+# The pages and the API as a site, build/site/index.html; a warning is an error. It needs no network, once its tools are installed.
+docs: env
+	$(PY) -c "import mkdocs, mkdocstrings, material" 2>/dev/null || $(PY) -m pip install -q --no-build-isolation -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 # The CPU kernels and the binding under the sanitizers of addresses and undefined behaviour, then of threads. OpenMP's own threads
 # are not instrumented, so the last sees Python's threads alone; a leak is looked for in test_threads.py.
 SANITIZED := step noise plan plan_kernel reference log_prob sample schedules fuzz threads
@@ -59,7 +64,7 @@ sanitize-%: env
 		ASAN_OPTIONS=detect_leaks=0 $(call RUN,libasan.so) $(SANITIZED:%=tests/test_%.py), \
 		OMP_NUM_THREADS=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1 $(call RUN,libtsan.so) tests/test_threads.py tests/test_step.py)
 
-# RESULTS=bench/results/NAME.json keeps the figures, and puts those of a GPU into the README.
+# RESULTS=bench/results/NAME.json keeps the figures, and puts those of a GPU into docs/benchmarks.md.
 bench: env
 	$(PY) -m pytest bench $(if $(RESULTS),--benchmark-json=$(RESULTS))
 	$(if $(RESULTS),$(PY) bench/report.py $(RESULTS))

@@ -1,4 +1,4 @@
-"""Turns bench/results/NAME.json into a table in the README, between its markers, and docs/roofline.png.
+"""Turns bench/results/NAME.json into a table in docs/benchmarks.md, between its markers, and docs/roofline.png.
 
 pytest bench --benchmark-json=bench/results/NAME.json && python bench/report.py bench/results/NAME.json
 """
@@ -88,10 +88,10 @@ def roofline(results: dict, path: Path) -> None:
 
 def main():
     results = json.loads(Path(sys.argv[1]).read_text())
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split("<!-- bench/report.py -->\n", 1)
+    page = ROOT / "docs" / "benchmarks.md"
+    before, rest = page.read_text().split("<!-- bench/report.py -->\n", 1)
     _, after = rest.split("<!-- end -->\n", 1)
-    readme.write_text(f"{before}<!-- bench/report.py -->\n{table(results)}\n<!-- end -->\n{after}")
+    page.write_text(f"{before}<!-- bench/report.py -->\n{table(results)}\n<!-- end -->\n{after}")
     roofline(results, ROOT / "docs" / "roofline.png")
 
 
