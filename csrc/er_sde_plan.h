@@ -41,7 +41,7 @@ struct PlanArgs {
   double node_scale;
   int integration_points;  // 0: exact
   double s_noise;
-  double guidance;  // at least 0: chooses order and node_scale of each step, in the place of those above
+  double guidance;  // at least 0: chooses order and node_scale of each step, instead of those above
   uint32_t first_step;
   double* table;     // [num_steps, kWD + order]
   double* schedule;  // [3, num_steps + 1]: sigmas, alphas, er_lambdas

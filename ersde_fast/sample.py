@@ -57,7 +57,7 @@ def sample_er_sde(
         process, method, node_scale, integration_points, eta: see `er_sde_plan`.
         guidance: the scale at which the model guides itself, 1 for none: order and node_scale are chosen for it, where neither
             they nor a method are named; see `er_sde_plan`.
-        prediction_type, sigma_data: what the model returns in the place of the denoised sample, see `fast_step`; the callback is then
+        prediction_type, sigma_data: what the model returns instead of the denoised sample, see `fast_step`; the callback is then
             called after the step.
         cfg_pp: the scale of CFG++ (arXiv 2406.08070), 0 to 1 in the paper: the model returns a pair, with the condition and without
             it. The callback is called after the step, and is told the guided prediction.

@@ -62,7 +62,7 @@ def fast_step(
         x: [batch, ...] the current sample; float32, float64, bfloat16 or float16, any strides.
         history: predictions of the clean sample, newest first; `plan.order` of them are enough. Each has the shape and
             device of x and any float dtype. A prediction whose weight is 0 is not read. Where i is a tensor there must be
-            plan.order of them: those that the first steps do not read may be any.
+            plan.order of them: those that the first steps do not read may hold anything.
         noise: standard normal of the shape of x.
         generator: torch's own stream, as `torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)`.
             Without any source torch's default generator is used. Nothing is drawn where the step adds no noise; where only the

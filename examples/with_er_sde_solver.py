@@ -6,7 +6,7 @@ from ersde_fast.integrations.er_sde_solver import ER_SDE_Solver
 
 
 def model(x, sigma):
-    """In the place of a network: the exact denoiser of data with mean 0.3 and standard deviation 0.5."""
+    """Instead of a network: the exact denoiser of data with mean 0.3 and standard deviation 0.5."""
     variance = sigma.view(-1, 1, 1, 1) ** 2
     return (0.3 * variance + 0.25 * x) / (variance + 0.25)
 

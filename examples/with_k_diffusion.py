@@ -7,7 +7,7 @@ from ersde_fast import sample_er_sde
 
 
 def model(x, sigma):
-    """In the place of a k-diffusion denoiser: the exact one of data with mean 0.3 and standard deviation 0.5."""
+    """Instead of a k-diffusion denoiser: the exact one of data with mean 0.3 and standard deviation 0.5."""
     variance = K.utils.append_dims(sigma, x.ndim) ** 2
     return (0.3 * variance + 0.25 * x) / (variance + 0.25)
 

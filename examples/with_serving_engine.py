@@ -17,7 +17,7 @@ while waiting or running:
     plan, step = (torch.tensor([request[key] for request in running]) for key in ("plan", "step"))
     x = torch.stack([request["x"] for request in running])
     sigma = torch.stack([plans[p].sigmas[s] for p, s in zip(plan, step, strict=True)]).float().view(-1, 1, 1, 1)
-    denoised = (0.3 * sigma**2 + 0.25 * x) / (sigma**2 + 0.25)  # in the place of the engine's network, on the whole batch
+    denoised = (0.3 * sigma**2 + 0.25 * x) / (sigma**2 + 0.25)  # instead of the engine's network, on the whole batch
     history = [denoised, *(torch.stack(older) for older in zip(*(request["history"][:-1] for request in running), strict=True))]
     x = fast_step(stack, (plan, step), x, history, seed=[(request["seed"], 0) for request in running])
     for b, request in enumerate(running):

@@ -55,7 +55,7 @@ def bits_as_float(bits: tl.constexpr, like):
 
 @triton.jit
 def square_root(x, positive, NVIDIA: tl.constexpr):
-    """The correctly rounded square root of x in [2^-40, 64), or 0; positive: x, and in the place of a 0 anything above it."""
+    """The correctly rounded square root of x in [2^-40, 64), or 0; positive: x, or anything above 0 where x is 0."""
     if NVIDIA:  # as sqrt_ of csrc/er_sde_math.h, without the branch of sqrt_rn
         inverse = tl.inline_asm_elementwise(
             "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [positive], tl.float32, is_pure=True, pack=1

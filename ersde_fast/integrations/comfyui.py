@@ -226,7 +226,7 @@ class SamplerERSDEFast:
                     "BOOLEAN",
                     {
                         "default": False,
-                        "tooltip": "the images of the built-in er_sde: its rule in the place of method and node_scale",
+                        "tooltip": "the images of the built-in er_sde: its rule instead of method and node_scale",
                     },
                 ),
             },

@@ -91,13 +91,13 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: noise levels between the schedule's ends by Karras et al. (rho
             7), evenly in log sigma, or by the quantiles of a beta distribution (arXiv 2407.12173). At most one.
         use_lu_lambdas: evenly in log-SNR, which is `use_exponential_sigmas` (the name in DPM-Solver's configs).
-        sigma_min, sigma_max: the ends of levels so spaced, in the place of the schedule's; those of EDM's levels.
+        sigma_min, sigma_max: the ends of levels so spaced, instead of the schedule's; those of EDM's levels.
         timestep_spacing, steps_offset: "linspace", "leading" or "trailing" (arXiv 2305.08891, table 2), as DPM-Solver's scheduler.
         timestep_type: "continuous" gives a model of v log(sigma) / 4 for its time (Stable Video Diffusion).
         final_sigmas_type: the run ends at "zero" or at the training schedule's "sigma_min".
         lambda_min_clipped: the smallest log(alpha / sigma) that a schedule of timesteps starts from; -5.1 for cosine betas.
-        shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len, time_shift_type, shift_terminal,
-            invert_sigmas: the levels of a flow, as in diffusers' FlowMatchEulerDiscreteScheduler.
+        shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len: the levels of a flow, as in
+            diffusers' FlowMatchEulerDiscreteScheduler; so are time_shift_type, shift_terminal, invert_sigmas.
         use_flow_sigmas, flow_shift: a flow in the configs of DPM-Solver and UniPC (Wan), with their levels.
         sigma_data, sigma_schedule, rho: a network inside EDM's preconditioning, as in diffusers' EDMEulerScheduler.
         levels_of: the class of diffusers whose levels are made. None is DPMSolverMultistepScheduler, or for a flow
@@ -476,7 +476,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             generator: torch's stream of the sample's device, drawn in the kernel; a generator of the CPU for samples elsewhere, or
                 one for each sample, is drawn by torch. It goes before the config's seed.
             variance_noise: [batch, ...] the noise itself.
-            pred_original_sample: [batch, ...] the prediction of the clean sample, in the place of what model_output says.
+            pred_original_sample: [batch, ...] the prediction of the clean sample, instead of what model_output says.
             per_token_timesteps: [batch, tokens] of a flow whose tokens are held at levels of their own (LTX's conditions): tokens
                 at the step's timestep are stepped, the others stay. `model_output` is then the negative velocity, as there.
 

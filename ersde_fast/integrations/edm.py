@@ -42,7 +42,7 @@ def er_sde_sampler(
     eta: float | Sequence[float] | Tensor = 1.0,
     guidance: float | None = None,
 ) -> Tensor:
-    """In the place of EDM's `edm_sampler`, with its arguments.
+    """Replaces EDM's `edm_sampler`, and takes its arguments.
 
     Args:
         net: the network; `sigma_min`, `sigma_max` and `round_sigma` bound the levels. Where it has `edm_output(x, sigma,
