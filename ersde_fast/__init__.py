@@ -20,11 +20,21 @@ from .step import fast_step, reference_step
 __version__ = "0.2.0"
 
 
+ELSEWHERE = {  # for who looks for them here
+    "distributed": ("generate", "load_samples", "fast_step_dtensor"),
+    "graph": ("SamplingGraph", "StepGraph"),
+    "integrations.diffusers": ("ERSDEScheduler",),
+    "integrations.er_sde_solver": ("ER_SDE_Solver",),
+    "schedules": ("karras_sigmas", "exponential_sigmas", "uniform_log_snr_sigmas", "flow_sigmas"),
+}
+
+
 def __getattr__(name: str):
     """The parts that are imported when they are first used."""
     if name in ("distributed", "graph", "rl"):
         return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    where = next((f": from {__name__}.{part} import {name}" for part, names in ELSEWHERE.items() if name in names), "")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")
 
 
 __all__ = [

@@ -43,7 +43,12 @@ class _Captured:
             raise ValueError("shape must have a batch dimension, got ()")
         self.model, self.prediction_type, self.captured_for = model, prediction_type, plan
         self.guidance_scale, self.cfg_pp = guidance_scale, cfg_pp
-        device = torch.empty(0, device=device).device
+        try:
+            device = torch.empty(0, device=device).device
+        except (AssertionError, RuntimeError) as error:  # torch's for a device that is not there
+            raise ValueError(
+                f'device must be one that torch sees, got {device}: "cpu" runs the same loop without a graph'
+            ) from error
         plan = plan.predicting(prediction_type, cfg_pp).to(device)
         self.plan_in_memory = plan
         with torch.inference_mode(False):  # later calls write what is made here, under inference mode or not

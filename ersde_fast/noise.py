@@ -80,9 +80,13 @@ def seed_table(seed, batch: int) -> Tensor:
     elif isinstance(seed, Sequence) and not isinstance(seed, str):
         pairs = [(s, 0) if _is_int(s) else s for s in seed]
         if len(pairs) != batch:
-            raise ValueError(f"seed must be one number or {batch}, one for each sample of the batch, got {len(pairs)}")
+            raise ValueError(
+                f"seed must be one number or {batch}, one for each sample of the batch, got {len(pairs)}: one number will do, and gives "
+                f"each sample noise of its own"
+            )
     else:
-        raise TypeError(f"seed must be a whole number or a list with one for each sample, got {type(seed).__name__}")
+        remedy = ": a generator is passed as generator=" if isinstance(seed, torch.Generator) else ""
+        raise TypeError(f"seed must be a whole number or a list with one for each sample, got {type(seed).__name__}{remedy}")
     for pair in pairs:
         if not (isinstance(pair, Sequence) and len(pair) == 2 and all(_is_int(v) for v in pair)):
             raise TypeError(f"seed must hold whole numbers or pairs (seed, sample) of them, got {pair!r}")

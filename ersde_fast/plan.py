@@ -346,7 +346,8 @@ def _is_int(value) -> bool:
 def _schedules(sigmas, alphas, process, device: torch.device) -> tuple[Tensor, Tensor | None, Process | None]:
     """The arguments that say the levels: sigmas on the device, and alphas there or the process."""
     if not isinstance(process, str) or process not in PROCESSES:
-        raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}')
+        known = '"ve" for models of EDM and k-diffusion, "vp" for those of DDPM, "flow" for flow matching'
+        raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}: {known}')
     if alphas is None:
         return _schedule("sigmas", sigmas, device, MAX_SIGMA.get(process, math.inf)), None, process
     sigmas, alphas = _schedule("sigmas", sigmas, device, math.inf), _schedule("alphas", alphas, device, math.inf)
@@ -378,7 +379,8 @@ def _schedule(name: str, values, device: torch.device, largest: float) -> Tensor
     """A schedule argument on the device. Half precision is bounded here: its rounding does not show afterwards."""
     schedule, dtype = _real(name, values, device)
     if schedule.dim() != 1 or len(schedule) < 2:
-        raise ValueError(f"{name} must be one-dimensional with at least 2 values, got shape {tuple(schedule.shape)}")
+        remedy = ": ersde_fast.schedules makes levels of a number of steps, as karras_sigmas(20)" if schedule.dim() == 0 else ""
+        raise ValueError(f"{name} must be one-dimensional with at least 2 values, got shape {tuple(schedule.shape)}{remedy}")
     if dtype in (torch.bfloat16, torch.float16):
         schedule = _bounded(schedule, largest, 4 * torch.finfo(dtype).eps)
     return schedule
@@ -467,7 +469,8 @@ def _checked_levels(sigmas: Tensor, alphas: Tensor | None, process: Process | No
         _check_levels("alphas", alphas)
     elif (beyond := sigmas > MAX_SIGMA.get(process, math.inf)).any():
         at = int(beyond.nonzero()[0])
-        raise ValueError(f'sigmas must be at most 1 for process "{process}", got sigmas[{at}] = {sigmas[at].item()}')
+        remedy = ': timesteps are no levels, and levels of k-diffusion\'s kind need process="ve"' if sigmas[at] > 2 else ""
+        raise ValueError(f'sigmas must be at most 1 for process "{process}", got sigmas[{at}] = {sigmas[at].item()}{remedy}')
     repeated = _repeated(sigmas) if process else _repeated(sigmas) & _repeated(alphas)
     if process:
         alphas = PROCESSES[process](sigmas)
@@ -479,7 +482,7 @@ def _checked_levels(sigmas: Tensor, alphas: Tensor | None, process: Process | No
         at = int(rising.nonzero()[0]) + 1
         raise ValueError(
             f"sigmas must not rise: er_lambda = sigma / alpha goes from {er_lambdas[at - 1].item()} at index {at - 1} "
-            f"to {er_lambdas[at].item()} at index {at}; sort the schedule from noise to data"
+            f"to {er_lambdas[at].item()} at index {at}; sort the schedule from noise to data, as sigmas.flip(0) does"
         )
     return Levels(sigmas, alphas, er_lambdas, repeated)
 

@@ -98,6 +98,9 @@ class OutputArguments(NamedTuple):
 
 
 NO_SOURCE, PREDICTIONS = NoiseArguments(), OutputArguments()
+# What other tools call the prediction types, for messages.
+OTHER_NAMES = {"eps": "epsilon", "noise": "epsilon", "v_prediction": "v", "velocity": "v", "flow_prediction": "flow"}
+OTHER_NAMES |= dict.fromkeys(("x0", "x_start", "x_0", "denoised", "pred_original_sample"), "sample")
 
 
 def checked(
@@ -112,14 +115,21 @@ def checked(
     uses = _check_index(plan, i, x)
     if output.prediction_type is not None and not _is_type(output.prediction_type):
         names = ", ".join(map(repr, PREDICTION_TYPES))
-        raise ValueError(f"prediction_type must be None or one of {names}, got {output.prediction_type!r}")
+        known = OTHER_NAMES.get(output.prediction_type) if isinstance(output.prediction_type, str) else None
+        remedy = f': write "{known}"' if known else ""
+        raise ValueError(f"prediction_type must be None or one of {names}, got {output.prediction_type!r}{remedy}")
     if output.prediction_type is not None:
         uses = max(uses, 1)
     if not isinstance(history, (list, tuple)):
-        raise TypeError(f"history must be a list of predictions, newest first, got {type(history).__name__}")
+        raise TypeError(
+            f"history must be a list of predictions, newest first, got {type(history).__name__}: write [denoised, *history]"
+        )
     if len(history) < uses:
         at = f" at step {i}" if isinstance(i, int) else ""
-        raise ValueError(f"history must hold the {uses} newest predictions{at}, got {len(history)}")
+        raise ValueError(
+            f"history must hold the {uses} newest predictions{at}, got {len(history)}: keep them from step to step, "
+            f"history = [denoised, *history[: plan.order - 1]]"
+        )
     for j, denoised in enumerate(history[:uses]):
         check_like(f"history[{j}]", denoised, x)
     if not isinstance(output.cfg_pp, bool):
@@ -143,9 +153,15 @@ def _checked_noise(x: Tensor, given: NoiseArguments) -> Tensor | Portable | Torc
         check_like("noise", noise, x)
     if generator is not None:
         if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+            raise TypeError(
+                f"generator must be a torch.Generator, got {type(generator).__name__}: a number is a seed=, or "
+                f"torch.Generator(x.device).manual_seed(number)"
+            )
         if generator.device.type != x.device.type or (generator.device.index or 0) != (x.device.index or 0):
-            raise ValueError(f"generator must be on the device of x, {x.device}, got one on {generator.device}")
+            raise ValueError(
+                f"generator must be on the device of x, {x.device}, got one on {generator.device}: use torch.Generator(x.device), or "
+                f"seed=, which is the same on every device"
+            )
     if seed is not None and type(seed) is not int:
         seed = seeds_of(seed, x)
     _check_shard(x, seed, global_shape, global_start)
@@ -189,7 +205,8 @@ def _check_index(plan, i, x: Tensor) -> int:
         return max((j + 1 for j in range(plan.order) if (rows[:, W_D + j] != 0).any()), default=0)
     if not isinstance(plan, Plan):
         raise TypeError(
-            f"plan must be a plan of er_sde_plan, or a stack of them with i = (plan_index, step_index), got {type(plan).__name__}"
+            f"plan must be a plan of er_sde_plan, or a stack of them with i = (plan_index, step_index), got {type(plan).__name__}: "
+            f"write plan = er_sde_plan(sigmas) once, before the loop"
         )
     if plan.table.device not in (torch.device("cpu"), x.device):
         raise ValueError(
@@ -203,9 +220,14 @@ def _check_index(plan, i, x: Tensor) -> int:
             return plan.order
         i = i.item()
     elif not isinstance(i, int) or isinstance(i, bool):
-        raise TypeError(f"i must be a whole number, the index of the step, or an int64 tensor of it, got {i!r}")
+        raise TypeError(
+            f"i must be a whole number, the index of the step, or an int64 tensor of it, got {i!r}: write "
+            f"for i in range(plan.num_steps)"
+        )
     if not 0 <= i < plan.num_steps:
-        raise ValueError(f"i must be 0 to {plan.num_steps - 1} (the plan has {plan.num_steps} steps), got {i}")
+        raise ValueError(
+            f"i must be 0 to {plan.num_steps - 1} (the plan has {plan.num_steps} steps), got {i}: there is one step less than levels"
+        )
     row = known_row(plan, i)
     return min(plan.orders[i], i + 1) if row is None else len(row.w_d)
 
@@ -232,7 +254,10 @@ def _is_type(prediction_type) -> bool:
 def pair_of(guidance):
     """The unconditional output and the scale; a tensor of two rows is no pair, though it unpacks into two."""
     if not isinstance(guidance, (tuple, list)) or len(guidance) != 2:
-        raise TypeError(f"guidance must be a pair (unconditional output, scale), got {type(guidance).__name__}")
+        raise TypeError(
+            f"guidance must be a pair (unconditional output, scale), got {type(guidance).__name__}: history[0] is the output with the "
+            f"condition, and the pair holds the one without it"
+        )
     return guidance
 
 
@@ -253,7 +278,8 @@ def _check_output(row: Row | None, i, x: Tensor, output: OutputArguments) -> Non
         batch = x.shape[0] if x.dim() else 1
         if scale.dtype != torch.float64 or scale.shape != (batch,):
             raise ValueError(
-                f"guidance[1] must be a number or float64 [{batch}], one for each sample, got {scale.dtype} {tuple(scale.shape)}"
+                f"guidance[1] must be a number or float64 [{batch}], one for each sample, got {scale.dtype} {tuple(scale.shape)}: use "
+                f"scale.double()"
             )
         _check_device("guidance[1]", scale, float64_device(x.device))
     elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
@@ -270,7 +296,8 @@ def check_one_source(**sources) -> None:
 def _check_integers(name: str, value, shape: tuple) -> None:
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.shape != shape:
         what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"{name} must be an int64 tensor of shape {shape}, got {what}")
+        level = ": it is the number of a step, not its level" if isinstance(value, Tensor) and value.is_floating_point() else ""
+        raise TypeError(f"{name} must be an int64 tensor of shape {shape}, got {what}{level}")
 
 
 def _check_device(name: str, value: Tensor, device: torch.device) -> None:
@@ -280,17 +307,39 @@ def _check_device(name: str, value: Tensor, device: torch.device) -> None:
 
 def _check_tensor(name: str, value) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{inside(value)}")
     if value.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}: use {name}.float()")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got {value.layout}: use {name}.to_dense()")
+
+
+def inside(value) -> str:
+    """Where in something that is no tensor the tensor is, for messages."""
+    if isinstance(getattr(value, "sample", None), Tensor):  # of diffusers' models
+        return ": take its .sample"
+    if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
+        return ": take its [0]"
+    return ": use torch.from_numpy" if type(value).__name__ == "ndarray" else ""
+
+
+def _halves(value: Tensor, x: Tensor) -> str:
+    """What a tensor that holds x's shape twice may be, for messages."""
+    if value.dim() != x.dim() or x.dim() < 2:
+        return ""
+    if value.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+        return (
+            f': where a model learns its variance too, take output[:, :{x.shape[1]}] (diffusers: variance_type="learned_range")'
+        )
+    if value.shape == (2 * x.shape[0], *x.shape[1:]):
+        return ": where it holds both outputs of guidance, take output.chunk(2) and guidance=(unconditional, scale)"
+    return ""
 
 
 def check_like(name: str, value, x: Tensor) -> None:
     _check_tensor(name, value)
     if value.shape != x.shape:
-        raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}{_halves(value, x)}")
     _check_device(name, value, x.device)
 
 

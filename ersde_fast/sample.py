@@ -10,7 +10,7 @@ from tqdm.auto import trange
 from .noise import Seed
 from .noise_scaler import AnyNoiseScaler
 from .plan import Plan, er_sde_plan, on_host
-from .request import check_one_source
+from .request import check_one_source, inside
 from .step import fast_step
 from .weights import Method, Process
 
@@ -125,6 +125,10 @@ class Output(NamedTuple):
     def arguments(self, returned) -> tuple[Tensor, dict]:
         """What a step takes for its newest prediction, and the arguments of `fast_step` that say what that is."""
         if self.cfg_pp is None:
+            if not isinstance(returned, Tensor):
+                raise TypeError(
+                    f"model must return a tensor of the shape of x, got {type(returned).__name__}{inside(returned)}"
+                )
             return returned, {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
         if not isinstance(returned, (tuple, list)) or len(returned) != 2:
             raise TypeError(

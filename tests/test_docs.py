@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_comfyui import comfyui  # noqa: F401, a fixture
 
 import ersde_fast
 from ersde_fast import noise_scaler, predictions
@@ -121,7 +122,9 @@ def snippets(page):
     ]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if snippets(page) and page.name != "errors.md"], ids=lambda page: page.name
+)
 def test_snippets_run(page, as_they_were):
     torch.manual_seed(0)
     given, scope = GIVEN.get(page.name, dict)(), {}
@@ -129,6 +132,38 @@ def test_snippets_run(page, as_they_were):
         scope |= given
         code = code if torch.cuda.is_available() else code.replace('"cuda"', '"cpu"')
         exec(compile(code, str(page), "exec"), scope)
+
+
+MISTAKE = re.compile(r"^```python\n(.*?)^```\n+(?:```\n(\w+): (.*?)\n```)?", re.M | re.S)
+MISTAKES = MISTAKE.findall((ROOT / "docs" / "errors.md").read_text())
+
+
+def test_there_are_mistakes():
+    assert sum(bool(error) for _, error, _ in MISTAKES) >= 20
+
+
+@pytest.fixture
+def node(request):
+    """The node of ComfyUI, its settings as a call."""
+    defaults = {"solver_type": "ER-SDE", "order": 3, "eta": 1.0, "s_noise": 1.0, "method": "by cfg", "node_scale": 10.0}
+    defaults |= {"noise": "ComfyUI's (torch)", "compatible": False}
+    return lambda **settings: request.getfixturevalue("comfyui").SamplerERSDEFast().get_sampler(**defaults | settings)
+
+
+@pytest.mark.parametrize(
+    "place", [k for k, (_, error, _) in enumerate(MISTAKES) if error], ids=lambda k: MISTAKES[k][0].splitlines()[-1]
+)
+def test_mistake(place, as_they_were, node):
+    scope = {"node": node}
+    for code, error, _ in MISTAKES[:place]:
+        if not error:  # what the page's examples have before them
+            exec(code, scope)
+    code, error, message = MISTAKES[place]
+    with pytest.raises(Exception) as raised:
+        exec(code, scope)
+    told, cut = f"{type(raised.value).__name__}: {raised.value}", message.endswith(" ...")
+    expected = f"{error}: {message.removesuffix(' ...')}"
+    assert told == expected or (cut and told.startswith(expected))
 
 
 def test_readmes_loop_is_the_samplers(as_they_were):

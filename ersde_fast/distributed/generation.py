@@ -131,9 +131,11 @@ def load_samples(out_dir: str | os.PathLike, seeds: Sequence[int] | None = None)
 def _check(plan, seeds, shape, batch_size, dtype) -> tuple[list[int], tuple[int, ...]]:
     if not isinstance(plan, Plan) or plan.table.device.type != "cpu":
         raise TypeError(f"plan must be a plan of er_sde_plan on the CPU, got {type(plan).__name__}")
+    given = seeds
     seeds = list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else [None]
     if not seeds or not all(map(_is_whole, seeds)):
-        raise TypeError("seeds must be a list or range of at least one whole number")
+        remedy = f", got {given}: write range({given})" if _is_whole(given) else ""
+        raise TypeError(f"seeds must be a list or range of at least one whole number{remedy}")
     seeds = [seed % 2**64 for seed in seeds]
     if len(set(seeds)) < len(seeds):
         twice = next(seed for k, seed in enumerate(seeds) if seed in seeds[:k])
@@ -156,7 +158,7 @@ def _processes() -> tuple[int, int, dist.ProcessGroup | None]:
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise RuntimeError(
-                "torch.distributed is not initialized in one of several processes: call init_process_group first"
+                'torch.distributed is not initialized in one of several processes: call init_process_group first, with "gloo"'
             )
         return 0, 1, None
     world = dist.get_world_size()

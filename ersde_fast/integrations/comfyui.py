@@ -16,7 +16,10 @@ try:
     import comfy.samplers
     from comfy.k_diffusion import sampling as k_diffusion_sampling
 except ImportError as error:
-    raise ImportError("ersde_fast.integrations.comfyui is a custom node package: it is imported by ComfyUI alone") from error
+    raise ImportError(
+        "ersde_fast.integrations.comfyui is a custom node package: it is imported by ComfyUI alone, from a copy of "
+        "examples/comfyui_ersde_fast in its folder custom_nodes"
+    ) from error
 
 from ersde_fast.choice import NODE_SCALE, ORDER
 from ersde_fast.sample import sample_er_sde

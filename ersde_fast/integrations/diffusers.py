@@ -23,9 +23,11 @@ from ..sample import with_newest
 from ..step import fast_step
 from .diffusers_arguments import ROUNDINGS, Drawn, clipped, for_batch, is_whole, numbers, place_in, without_numpy
 from .diffusers_configs import (
+    check_config,
     check_that_they_are_read,
     known_keys,
     levels_class,
+    no_key,
     plan_options,
     saved,
     translated,
@@ -210,14 +212,13 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: naming the class or the key that this scheduler cannot follow.
         """
+        check_config(config)
         if not isinstance(config, dict):
             return super().from_config(config, return_unused_kwargs, **kwargs)
         own_keys = cls._get_init_keys(cls) - {"self"}
         unknown = kwargs.keys() - own_keys - known_keys()
         if unknown and not return_unused_kwargs:
-            raise TypeError(
-                f"from_config got {', '.join(sorted(unknown))}: no key of a scheduler; its own are {', '.join(sorted(own_keys))}"
-            )
+            raise TypeError(no_key(unknown, own_keys))
         others = {key: kwargs.pop(key) for key in list(kwargs) if key not in own_keys and key not in unknown}
         taken = without_rivals(translated(config, own_keys, kwargs.get("levels_of"), others), kwargs)
         made = super().from_config(taken, return_unused_kwargs, **kwargs)
@@ -530,7 +531,9 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             return {"seed": self.config.seed}
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
         if not all(isinstance(one, torch.Generator) for one in generators):
-            raise TypeError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
+            raise TypeError(
+                f"generator must be a torch.Generator or a list of them, got {generator!r}: torch.Generator().manual_seed(number) makes one"
+            )
         if isinstance(generator, (list, tuple)) and len(generators) != len(sample):
             raise ValueError(f"generator must be one or {len(sample)}, one for each sample of the batch, got {len(generators)}")
         if generators == [generator] and generator.device.type == sample.device.type:

@@ -1,5 +1,6 @@
 """What ERSDEScheduler makes of the config of another scheduler of diffusers: its levels and its treatment of outputs, or an error."""
 
+import difflib
 import inspect
 import json
 from numbers import Real
@@ -87,6 +88,7 @@ CHOSEN = ("solver_order", "method", "node_scale", "integration_points", "lower_o
 OF_SOLVERS = ("solver_order", "lower_order_final", "s_noise", "eta")  # read where they are not their class's default
 WRITTEN_LATER = ("sigma_min", "sigma_max", "sigma_data", "final_sigmas_type")  # by Cosmos Predict2's pipeline, into any config
 ANOTHER_NAME = {"noise_sampler_seed": "seed"}
+SHIFTS = {"shift": "flow_shift", "flow_shift": "shift"}  # each the other's name, in other classes
 OF_LEVELS = set().union(*(levels.reads for pair in LEVELS_OF.values() for levels in pair))
 
 
@@ -188,9 +190,25 @@ def check_that_they_are_read(keys: dict, config) -> None:
     reads = levels_class(config).reads
     for key, value in keys.items():
         if key in OF_LEVELS and key not in reads:
-            raise ValueError(f"{key}={value!r} changes nothing: these levels are made from {', '.join(sorted(reads))}")
+            remedy = f"write {SHIFTS[key]}={value!r}; " if SHIFTS.get(key) in reads else ""
+            raise ValueError(f"{key}={value!r} changes nothing: {remedy}these levels are made from {', '.join(sorted(reads))}")
         if key in ("sigma_min", "sigma_max") and "sigma_schedule" not in reads and not is_spaced(config):
             raise ValueError(f"{key}={value!r} needs use_karras_sigmas, use_exponential_sigmas or use_beta_sigmas")
+
+
+def check_config(config) -> None:
+    """Raises for a scheduler where its config is wanted, which diffusers would look for on its hub."""
+    if isinstance(getattr(config, "config", None), dict):
+        raise TypeError(
+            f"config must be the config of a scheduler, got {type(config).__name__}: write from_config(scheduler.config)"
+        )
+
+
+def no_key(unknown: set[str], own_keys: set[str]) -> str:
+    """The message for arguments that are no key of any scheduler."""
+    near = {key: difflib.get_close_matches(key, own_keys, 1, 0.8) for key in sorted(unknown)}
+    names = ", ".join(f"{key} (write {close[0]})" if close else key for key, close in near.items())
+    return f"from_config got {names}: no key of a scheduler; its own are {', '.join(sorted(own_keys))}"
 
 
 def known_keys() -> set[str]:
@@ -222,6 +240,8 @@ def _class_of(config: dict) -> str | None:
     if isinstance(config, FrozenDict) or "_use_default_values" in config:  # of a scheduler: it holds every key of its class
         most = max((len(read) for read in known.values() if read <= keys), default=0)
         same = [name for name, read in known.items() if read and read <= keys and len(read) == most]
+        if same and all(name in REFUSED for name in same):
+            raise ValueError(f"{' or '.join(same)} cannot be replaced by ERSDEScheduler: it {REFUSED[same[0]]}")
         if any(name in REFUSED for name in same):
             raise ValueError(
                 f"the config has the keys of {' and of '.join(same)}, and ERSDEScheduler cannot replace all of these: name its class, "
