@@ -25,6 +25,14 @@ def portable_noise(
             (seed, sample) pairs says both. Taken mod 2^64; sample from 0 to 2^48 - 1.
         step: `plan.first_step + i`, mod 2^32; -1 for the initial latents.
         device, dtype: of the result; drawn in float32 whatever the dtype.
+
+    Returns:
+        [batch, ...] of mean 0 and variance 1, the same bits on every machine.
+
+    Raises:
+        ValueError, TypeError: naming seed or step.
+
+    Source: Philox4x32-10 (Salmon et al. 2011) and Box-Muller, specified to the bit in noise.py.
     """
     if not isinstance(step, int) or isinstance(step, bool):
         raise TypeError(f"step must be a whole number, got {step!r}")
@@ -55,7 +63,13 @@ def torch_noise(
         dtype: float32, bfloat16 or float16; drawn in float32 and rounded once, as torch does.
 
     Returns:
-        The noise, and the generator's offset after it.
+        The noise, [*shape], and the generator's offset after it.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+        RuntimeError: no kernel was built, which draws it.
+
+    Source: the kernels of torch.randn for CUDA devices, and tests beside them.
     """
     check_torch_layout(torch_layout)
     if (why := compiled.CPU.unavailable()) is not None:

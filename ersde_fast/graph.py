@@ -138,6 +138,11 @@ class SamplingGraph(_Captured):
         guidance_scale: the model returns a pair (with the condition, without it), and classifier-free guidance of this scale is
             part of the step.
         cfg_pp: the step by CFG++, as in `fast_step`.
+
+    Raises:
+        ValueError: naming the argument.
+
+    Source: docs/composition.md.
     """
 
     def run(self) -> Tensor:
@@ -184,6 +189,8 @@ class StepGraph(_Captured):
         graph.start(x, seed=5)
         for _ in range(plan.num_steps):
             preview = graph()
+
+    Source: docs/composition.md.
     """
 
     def allocate(self) -> None:
@@ -200,7 +207,11 @@ class StepGraph(_Captured):
         return self.x
 
     def start(self, x: Tensor, seed: Seed | None = None, plan: Plan | None = None) -> None:
-        """Begins a run from the noise x; `seed` and `plan` as for a call of `SamplingGraph`."""
+        """Begins a run from the noise x [batch, ...]; `seed` and `plan` as for a call of `SamplingGraph`.
+
+        Raises:
+            ValueError: for x, seed or plan of other shapes than those that were captured.
+        """
         self.load(x, seed, plan)
         self.step.zero_()
 

@@ -52,6 +52,8 @@ def step_log_prob(
 
     Raises:
         ValueError: where the device has no float64; where the step adds no noise, so that its result has no density; as NaN where only the device knows.
+
+    Source: the Gaussian that the step of arXiv 2309.06169 draws from, as arXiv 2305.13301 trains with.
     """
     check_reduction("reduction", reduction)
     output = OutputArguments(prediction_type, guidance, cfg_pp)

@@ -56,7 +56,15 @@ def reverse_time_sde(eta: float) -> NoiseScaler:
     """phi(l) = l^(eta + 1): 0 is the probability-flow ODE, 1 the usual reverse-time SDE.
 
     Args:
-        eta: at least 0 and finite.
+        eta: at least 0 and finite; it has no unit.
+
+    Returns:
+        What `er_sde_plan` takes for its noise_scaler.
+
+    Raises:
+        ValueError: for another eta.
+
+    Source: arXiv 2309.06169, appendix A.8.
     """
     eta = nonnegative("eta", eta)
     return NoiseScaler(f"reverse_time_sde({eta!r})", _sde, form="sde", strength=eta)

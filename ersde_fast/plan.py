@@ -33,6 +33,7 @@ MAX_ORDER: dict[Method, int] = {"taylor": 3, "newton": 5}
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Plan(Table, PlanOptions):
     """What `er_sde_plan`, `Plan.from_weights` and `Plan.load` return. Immutable: any number of runs, threads and batches may share one.
+    Source: arXiv 2309.06169.
 
     Attributes:
         sigmas, alphas, er_lambdas: float64 tensors [num_steps + 1], on the CPU or where `sigmas` were.
@@ -131,7 +132,7 @@ class Plan(Table, PlanOptions):
         return _of_weights(weights, *schedules, sigma_data=_checked_sigma_data(sigma_data))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the plan into a safetensors file, whole or not at all: its weights to the bit, its levels, and what it was made with.
+        """Writes the plan into the safetensors file `path`, whole or not at all: weights to the bit, levels, and what it was made with.
 
         Raises:
             ValueError: its noise_scaler is a function, which no file can hold; or it was built on a device, and a step is NaN.
@@ -144,7 +145,7 @@ class Plan(Table, PlanOptions):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
-        """The plan of a file that `save` wrote, on the CPU: the same weights on every machine. The file is data, and runs nothing.
+        """The plan of the file `path` that `save` wrote, on the CPU: the same weights on every machine. It is data, and runs nothing.
 
         Raises:
             ValueError: naming the file, and what is wrong with it.
@@ -157,7 +158,7 @@ class Plan(Table, PlanOptions):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PlanStack(Table):
-    """What `stack_plans` returns: the tables of several plans in one, for batches whose samples follow different plans.
+    """What `stack_plans` returns: several plans in one, for batches whose samples follow different plans. Source: docs/serving.md.
 
     Attributes:
         weights: float64 tensor [num_plans, num_steps, order + 2]; a row behind a shorter plan's last is NaN.
@@ -190,10 +191,15 @@ class PlanStack(Table):
 
 @torch.inference_mode(False)  # or what is made under inference mode cannot be trained with
 def stack_plans(plans: Sequence[Plan]) -> PlanStack:
-    """Stacks plans so that each sample of a batch can be at its own step of its own plan, in one kernel.
+    """Stacks plans so that each sample of a batch can be at its own step of its own plan, in one kernel. Source: docs/serving.md.
 
     Args:
         plans: at least one, all on one device; their numbers of steps and their orders may differ.
+
+    Returns: the stack, of weights [num_plans, num_steps, order + 2].
+
+    Raises:
+        ValueError, TypeError: for what are no plans, or lie on several devices.
     """
     if not isinstance(plans, Sequence) or not plans or not all(isinstance(plan, Plan) for plan in plans):
         raise TypeError(f"plans must be a list of at least one plan of er_sde_plan, got {plans!r}")
@@ -227,7 +233,7 @@ def er_sde_plan(
     guidance: float | None = None,
     sigma_data: float | None = None,
 ) -> Plan:
-    """Builds the weights of an ER-SDE sampling run.
+    """Builds the weights of an ER-SDE sampling run. Source: arXiv 2309.06169; of order and node_scale docs/quality.md.
 
     Where order, method, node_scale and integration_points are all left out, order and node_scale are chosen for each step by its
     two levels and the guidance.
@@ -251,8 +257,7 @@ def er_sde_plan(
             where integration_points are given.
         node_scale: newton only; the history is interpolated in `l / (1 + l / node_scale)`, in which it is closer to a
             polynomial. inf is er_lambda itself. None is inf where a method is named, and where none is 10 or what guidance
-            chooses: 10 is ten times the standard deviation of latents and some twenty times that of images in [-1, 1], since too
-            small a scale costs more than too large a one, and amplifies a model's errors at high noise.
+            chooses: 10 is ten times the standard deviation of latents and some twenty times that of images in [-1, 1].
         integration_points: taylor only; None integrates exactly, a number takes the left Riemann sum of that many points
             (100: the authors' code, 200: ComfyUI).
         s_noise: multiplies the noise.
@@ -266,6 +271,8 @@ def er_sde_plan(
             and node_scale 10. None is 2.5, which no guidance turns to garbage; who knows better gains by saying so.
         sigma_data: of a network inside EDM's preconditioning, the standard deviation of its data: steps from its raw output
             (prediction_type "edm") need it. It changes no weight.
+
+    Returns: the plan, of num_steps steps.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.

@@ -54,11 +54,20 @@ class _Steps(NamedTuple):
 
 
 def flow_sde_plan(sigmas: Numbers, a: float | Numbers = 0.7) -> Plan:
-    """Flow-GRPO (arXiv 2505.05470): Euler's step of the SDE dx = (v + std^2 (x + (1 - s) v) / (2 s)) ds + std dw with
+    """Flow-GRPO: Euler's step of the SDE dx = (v + std^2 (x + (1 - s) v) / (2 s)) ds + std dw with
     std = a sqrt(s / (1 - s)). Where s is 1 the next level stands below the line, as in the authors' code.
 
     Args:
+        sigmas: [num_steps + 1] levels of a flow.
         a: the noise level, at least 0. The last step adds noise too.
+
+    Returns:
+        The plan, of order 1.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Source: arXiv 2505.05470.
     """
     s, t, dt, a, _ = steps = _Steps.of(sigmas, "a", a)
     variance = a**2 * s / (1 - torch.where(s == 1, t, s))
@@ -67,11 +76,20 @@ def flow_sde_plan(sigmas: Numbers, a: float | Numbers = 0.7) -> Plan:
 
 
 def dance_sde_plan(sigmas: Numbers, eta: float | Numbers = 0.3) -> Plan:
-    """DanceGRPO (arXiv 2505.07818): Euler's step of the SDE dx = (v - eta^2 / 2 score) ds + eta dw, whose score is
+    """DanceGRPO: Euler's step of the SDE dx = (v - eta^2 / 2 score) ds + eta dw, whose score is
     -(x - (1 - s) x0) / s^2.
 
     Args:
+        sigmas: [num_steps + 1] levels of a flow.
         eta: the noise level, at least 0. The last step adds noise too.
+
+    Returns:
+        The plan, of order 1.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Source: arXiv 2505.07818.
     """
     s, _, dt, eta, _ = steps = _Steps.of(sigmas, "eta", eta)
     pull = eta**2 * dt / (2 * s**2)
@@ -79,12 +97,21 @@ def dance_sde_plan(sigmas: Numbers, eta: float | Numbers = 0.3) -> Plan:
 
 
 def cps_plan(sigmas: Numbers, eta: float | Numbers = 0.9) -> Plan:
-    """Coefficients-preserving sampling (arXiv 2509.05952): to (1 - t) x0 + t cos(eta pi / 2) noise + t sin(eta pi / 2) z, where
+    """Coefficients-preserving sampling (Flow-CPS): to (1 - t) x0 + t cos(eta pi / 2) noise + t sin(eta pi / 2) z, where
     x0 and noise are predicted and z is fresh. Order 1 of ER-SDE with rho = cos(eta pi / 2) at every step.
 
     Args:
+        sigmas: [num_steps + 1] levels of a flow.
         eta: the noise level, 0 to 1. The authors' code takes -(x_next - mean)^2 for the log-density, this one's up to a factor and
             a constant.
+
+    Returns:
+        The plan, of order 1.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Source: arXiv 2509.05952.
     """
     s, t, _, eta, _ = steps = _Steps.of(sigmas, "eta", eta)
     if (eta > 1).any():
@@ -94,11 +121,20 @@ def cps_plan(sigmas: Numbers, eta: float | Numbers = 0.9) -> Plan:
 
 
 def precise_plan(sigmas: Numbers, eta: float | Numbers = 1.5) -> Plan:
-    """Precise (arXiv 2605.23522): the exact step of its SDE for a prediction that stays what it is, which is order 1 of ER-SDE with
+    """Precise: the exact step of its SDE for a prediction that stays what it is, which is order 1 of ER-SDE with
     "sde" at strength eta^2 / 2. From sigma 1 it forgets x, except through the prediction.
 
     Args:
+        sigmas: [num_steps + 1] levels of a flow.
         eta: the noise level, at least 0.
+
+    Returns:
+        The plan, of order 1.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Source: arXiv 2605.23522.
     """
     steps = _Steps.of(sigmas, "eta", eta)
     return er_sde_plan(steps.euler.sigmas, process="flow", order=1, noise_scaler="sde", eta=steps.noise_level**2 / 2)

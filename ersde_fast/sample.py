@@ -64,7 +64,12 @@ def sample_er_sde(
         generator, seed: torch's stream or the portable stream for the noise; see `fast_step`.
 
     Returns:
-        The sample, [batch, ...].
+        The sample, [batch, ...], in the dtype of x and the units of the data.
+
+    Raises:
+        ValueError, TypeError: what `er_sde_plan` and `fast_step` refuse, naming the argument; and a model that returns no tensor.
+
+    Source: arXiv 2309.06169; arguments and conventions are those of k-diffusion's samplers.
     """
     check_one_source(noise_sampler=noise_sampler, generator=generator, seed=seed)
     if guidance is not None and max_stage is not None:

@@ -28,7 +28,17 @@ def karras_sigmas(
 
     Args:
         num_steps: at least 1.
+        sigma_min, sigma_max: the ends above 0.
+        rho: the power; the larger, the more levels lie at low noise.
         round_sigma: the network's own, for networks that know only some levels; None keeps them.
+
+    Returns:
+        float64 [num_steps + 1] on the CPU, falling, the last 0, in the units of the data.
+
+    Raises:
+        ValueError: for ends that are out of range or exchanged, and for counts that are not whole.
+
+    Source: arXiv 2206.00364, equation 5.
     """
     _check_ends(sigma_min, sigma_max)
     if not (isinstance(rho, Real) and 0 < rho < math.inf):
@@ -44,6 +54,15 @@ def exponential_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: floa
 
     Args:
         num_steps: at least 1.
+        sigma_min, sigma_max: the ends above 0.
+
+    Returns:
+        float64 [num_steps + 1] on the CPU, falling, the last 0, in the units of the data.
+
+    Raises:
+        ValueError: for ends that are out of range or exchanged, and for counts that are not whole.
+
+    Source: k-diffusion, whose function of that name has the same.
     """
     _check_ends(sigma_min, sigma_max)
     sigmas = torch.exp(_even(num_steps, math.log(sigma_max), math.log(sigma_min)))
@@ -59,6 +78,14 @@ def uniform_log_snr_sigmas(
         num_steps: at least 1.
         sigma_min, sigma_max: the process's own sigmas, so below 1 for "vp" and "flow".
         process: see `er_sde_plan`; of "ve", where alpha is 1, they are `exponential_sigmas`.
+
+    Returns:
+        float64 [num_steps + 1] on the CPU, falling, the last 0, in the units of the process's sigma.
+
+    Raises:
+        ValueError: for ends that are out of range or exchanged, and for counts that are not whole.
+
+    Source: arXiv 2206.00927, whose solvers are sampled so.
     """
     if not isinstance(process, str) or process not in FROM_ER_LAMBDA:
         raise ValueError(f'process must be "ve", "vp" or "flow", got {process!r}')
@@ -84,6 +111,14 @@ def flow_sigmas(num_steps: int, shift: float = 1.0) -> Tensor:
     Args:
         num_steps: at least 1.
         shift: above 0; 1 leaves them even, larger ones spend more steps at high noise, as larger images want.
+
+    Returns:
+        float64 [num_steps + 1] on the CPU, falling from 1 to 0, without a unit.
+
+    Raises:
+        ValueError: naming shift or num_steps.
+
+    Source: arXiv 2403.03206.
     """
     if not (isinstance(shift, Real) and 0 < shift < math.inf):
         raise ValueError(f"shift must be a finite number above 0, got {shift!r}")
@@ -143,6 +178,8 @@ def place_sigmas(
 
     Raises:
         ValueError: fewer than 4 levels above 0 or one twice, num_steps below 2, or a model whose predictions are not finite.
+
+    Source: docs/quality_tables.md, "Where the levels lie".
     """
     sigmas = er_sde_plan(on_host(sigmas), process=process).sigmas
     ends_at_zero = sigmas[-1] == 0

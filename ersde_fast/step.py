@@ -92,6 +92,8 @@ def fast_step(
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is written or any generator advanced.
+
+    Source: arXiv 2309.06169, written out in `reference_step`; CFG++ arXiv 2406.08070.
     """
     if is_dynamo_compiling():
         if out is not None or backend is not None or torch_layout is not None:
@@ -221,6 +223,11 @@ def reference_step(
     Returns:
         The next sample, of the shape and dtype of x; with a prediction_type the pair (next sample, prediction). The error is at
         most (order + 3) 2^-24 sum |w_i x_i| plus half an ulp of the dtype (2^-53 for float64).
+
+    Raises:
+        ValueError, TypeError: naming the argument, as `fast_step`; and without noise where the step adds some.
+
+    Source: arXiv 2309.06169.
     """
     given, output = NoiseArguments(noise=noise, seed=seed), OutputArguments(prediction_type, guidance, cfg_pp)
     request = checked(plan, i, x, history, given, output)

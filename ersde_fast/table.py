@@ -149,7 +149,11 @@ class Table:
         return torch.cat([self.table[..., :P_X], torch.stack([p_x, p_m], dim=-1), self.table[..., W_GUIDE:]], dim=-1)
 
     def to(self, device: torch.device | str):
-        """The same with its tensors on a device, for steps whose index lies there; made once for each device."""
+        """The same with its tensors on a device, for steps whose index lies there; made once for each device.
+
+        Raises:
+            TypeError: the device has no float64.
+        """
         if float64_device(torch.device(device)) != torch.device(device):
             raise TypeError(f"a plan is float64, which {device} has not: leave it on the CPU, where steps on {device} find it")
         device = torch.empty(0, device=device).device  # with its index

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import re
 import socket
 from pathlib import Path
@@ -201,3 +202,63 @@ def test_commands_exist(page):
         assert importlib.util.find_spec(module) is not None, module
     for script in re.findall(r"(?:python|pytest) ((?:bench|examples|tests)/[\w./]*)", text):
         assert (ROOT / script).exists(), script
+
+
+API = re.findall(r"^::: ([\w.]+)(?:\n    options:\n      members: \[(.*)\])?", (ROOT / "docs" / "api.md").read_text(), re.M)
+MODULES = ("ersde_fast.schedules", "ersde_fast.rl", "ersde_fast.graph", "ersde_fast.distributed")
+
+
+def public_names():
+    """Each name of the page, and what it is; ComfyUI's module needs ComfyUI."""
+    for name, members in API:
+        for path in [name, *(f"{name}.{member}" for member in members.split(", ") if member)]:
+            if ".comfyui." not in path:
+                parts = path.split(".")
+                module = max(k for k in range(len(parts)) if is_module(".".join(parts[: k + 1]))) + 1
+                found = importlib.import_module(".".join(parts[:module]))
+                for part in parts[module:]:
+                    found = getattr(found, part)
+                yield path, found
+
+
+def is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+PUBLIC = dict(public_names())
+
+
+def test_every_public_name_is_on_the_page():
+    names = {f"ersde_fast.{name}" for name in ersde_fast.__all__}
+    for module in MODULES:
+        found = importlib.import_module(module)
+        own = getattr(found, "__all__", None) or [
+            name for name, value in vars(found).items() if getattr(value, "__module__", "") == module and name[0] != "_"
+        ]
+        names |= {f"{module}.{name}" for name in own}
+    names -= {"ersde_fast.schedules.place_sigmas", "ersde_fast.graph.step_in_ring", "ersde_fast.schedules.Numbers"}
+    assert names <= PUBLIC.keys()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    """Every argument by its name, shapes of tensors, what is returned, what is raised, and where it comes from."""
+    documented, text = PUBLIC[name], inspect.getdoc(PUBLIC[name]) or ""
+    assert text
+    if inspect.ismodule(documented) or name.endswith("__call__") or ".ERSDEScheduler." in name:  # whose methods are diffusers'
+        return
+    belongs_to_a_class = inspect.isclass(PUBLIC.get(name.rpartition(".")[0]))
+    assert belongs_to_a_class or re.search(r"\bSource: \S", text), "source"
+    if inspect.isclass(documented):
+        return
+    signature = inspect.signature(documented)
+    for argument in signature.parameters.values():
+        assert argument.name in ("self", "args", "kwargs") or re.search(rf"\b{argument.name}\b", text), argument.name
+    assert "Tensor" not in str(signature) or "[" in text, "shapes"
+    assert signature.return_annotation in (None, "None", inspect.Signature.empty) or re.match(
+        "The |.*^Returns:", text, re.M | re.S
+    ), "returns"
+    assert re.search("^Raises:", text, re.M), "errors"

@@ -20,7 +20,16 @@ BACKENDS: list[Backend] = [CUDA, TRITON, CPU, REFERENCE]
 
 
 def available_backends() -> dict[str, str | None]:
-    """Name of each backend, to None if it runs here or else why it does not."""
+    """What runs on this machine, and why the rest does not. `python -m ersde_fast` prints it.
+
+    Returns:
+        The name of each backend, the fastest first, to None if it runs here or else why it does not.
+
+    Raises:
+        Nothing: what is missing is said in the result.
+
+    Source: docs/install.md.
+    """
     return {backend.name: backend.unavailable() for backend in BACKENDS}
 
 

@@ -16,7 +16,7 @@ MAX_DIMS = 12  # that tensors must have fewer of in a kernel
 
 
 class Backend:
-    """One way to run a step.
+    """One way to run a step. Source: docs/extending.md, where one is added.
 
     Attributes:
         name: what `fast_step(..., backend=name)` calls it.

@@ -67,6 +67,8 @@ def generate(
         ValueError, TypeError: naming the argument, or the file in `out_dir` that is damaged or of another run.
         OSError: naming the file that could not be written. Nothing finished is lost.
         RuntimeError: another process failed or died; every finished batch is kept.
+
+    Source: docs/scaling.md.
     """
     seeds, shape = _check(plan, seeds, shape, batch_size, dtype)
     rank, world, group = _processes()
@@ -106,11 +108,17 @@ def load_samples(out_dir: str | os.PathLike, seeds: Sequence[int] | None = None)
     """The samples of a finished run of `generate`, [len(seeds), ...].
 
     Args:
+        out_dir: the folder.
         seeds: which, in this order; None is every seed in the order given to `generate`.
+
+    Returns:
+        [len(seeds), ...] on the CPU, in the dtype that they were made in.
 
     Raises:
         ValueError: naming the file that is damaged, or a seed that is not there.
         FileNotFoundError: the run is not finished.
+
+    Source: docs/scaling.md.
     """
     folder = Path(out_dir)
     if not (folder / INDEX).exists():

@@ -18,6 +18,14 @@ def shard_of(x: DTensor) -> dict:
 
     Args:
         x: [batch, ...] with placements Shard and Replicate; of the batch dimension too.
+
+    Returns:
+        The two as keyword arguments.
+
+    Raises:
+        ValueError: for other placements.
+
+    Source: docs/scaling.md.
     """
     start, _ = _local_range(x.shape, x.device_mesh, x.placements)
     return {"global_shape": tuple(x.shape[1:]), "global_start": tuple(start[1:])}
@@ -36,12 +44,22 @@ def fast_step_dtensor(
 ) -> Any:
     """`ersde_fast.fast_step` of latents that are split over processes: each steps its own part, and nothing is communicated.
 
-    Gathered, the result has the bits of the step of the whole. Args and result are those of `fast_step`, x, the history and the
-    unconditional output DTensors on one mesh with one placement, seeds and scales those of the whole batch; only the portable
-    stream can be drawn so.
+    Gathered, the result has the bits of the step of the whole. Only the portable stream can be drawn so.
+
+    Args:
+        plan, i: as in `fast_step`.
+        x, history: [batch, ...], DTensors on one mesh with one placement.
+        seed: of the whole batch.
+        prediction_type, guidance, cfg_pp: as in `fast_step`; the unconditional output is split as x is, scales are those of the
+            whole batch.
+
+    Returns:
+        What `fast_step` returns, split as x is.
 
     Raises:
         ValueError: placements that differ, that are partial sums, or that no chunk describes.
+
+    Source: docs/scaling.md.
     """
     unconditional = [] if guidance is None else [guidance[0]]
     for name, other in [*((f"history[{j}]", d) for j, d in enumerate(history)), *(("guidance[0]", u) for u in unconditional)]:
@@ -75,7 +93,21 @@ def portable_noise_dtensor(
     placements: Sequence[Placement],
     dtype: torch.dtype = torch.float32,
 ) -> DTensor:
-    """`ersde_fast.portable_noise` split over processes, each of which draws its own part; step -1 for the initial latents."""
+    """`ersde_fast.portable_noise` split over processes, each of which draws its own part.
+
+    Args:
+        shape: [batch, ...] of the whole.
+        seed, step, dtype: as in `portable_noise`; step -1 for the initial latents.
+        device_mesh, placements: how it is split, by Shard and Replicate.
+
+    Returns:
+        The whole as a DTensor, [batch, ...].
+
+    Raises:
+        ValueError, TypeError: naming placements or seed.
+
+    Source: docs/scaling.md.
+    """
     start, size = _local_range(shape, device_mesh, placements)
     pairs = seed_table(seed, shape[0])[start[0] : start[0] + size[0]].to(device_mesh.device_type)
     part = specified_noise(size, pairs, step, tuple(shape[1:]), tuple(start[1:])).to(dtype)

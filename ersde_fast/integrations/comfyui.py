@@ -64,7 +64,8 @@ def sample_er_sde_fast(
     """`sample_er_sde` as a ComfyUI sampler: asks the model for its schedule, and for the seed of the run.
 
     Args:
-        model, x, sigmas, extra_args, callback, disable, s_noise, noise_sampler: ComfyUI's.
+        model, x, sigmas, extra_args, callback, disable, s_noise, noise_sampler: ComfyUI's; x is [batch, ...], sigmas
+            [num_steps + 1].
         noise_scaler, max_stage, method, node_scale, eta: see `ersde_fast.er_sde_plan`. Where none of order, method and node_scale
             is named, the model's cfg chooses them.
         noise_start, noise_end: the window of the noise, as shares of the model's times from noise to data: a step whose end lies
@@ -74,6 +75,14 @@ def sample_er_sde_fast(
         compatible: the built-in er_sde again, to float32 rounding: its sums of 200 points and its start of flows off sigma 1.
         cfg_pp: the steps by CFG++, as the built-in samplers of that name: at the model's cfg, from its prediction and its
             unconditional one.
+
+    Returns:
+        The sample, [batch, ...].
+
+    Raises:
+        ValueError: for settings that exclude each other, and portable noise without the run's seed.
+
+    Source: arXiv 2309.06169, and ComfyUI's built-in er_sde where compatible.
     """
     if len(sigmas) < 2:
         return x

@@ -59,7 +59,7 @@ class ERSDESchedulerOutput(BaseOutput):
 
 
 class ERSDEScheduler(SchedulerMixin, ConfigMixin):
-    """Extended reverse-time SDE solvers (arXiv 2309.06169) for diffusers' pipelines.
+    """Extended reverse-time SDE solvers for diffusers' pipelines. Source: arXiv 2309.06169.
 
     `ERSDEScheduler.from_config(pipeline.scheduler.config)` takes the place of another scheduler: its levels, its times and its
     treatment of outputs, with another solver between them. What cannot be followed is an error; docs/integrations.md has a table of

@@ -52,12 +52,17 @@ def er_sde_sampler(
         class_labels: [batch, label_dim], or None.
         randn_like: draws a step's noise from a tensor like it; with `seed` None and without it torch's own stream is drawn.
         seed: the portable stream for the steps' noise, see `ersde_fast.fast_step`.
-        num_steps: evaluations of the network.
+        num_steps, sigma_min, sigma_max, rho: of `karras_sigmas`; the first is the evaluations of the network.
         max_stage, noise_scaler, method, node_scale, s_noise, eta: see `ersde_fast.sample_er_sde`.
         guidance: see there; where nothing is named None is 1, since EDM's networks are sampled without guidance.
 
     Returns:
         [batch, channels, height, width] the images.
+
+    Raises:
+        ValueError, TypeError: what `sample_er_sde` refuses.
+
+    Source: arXiv 2206.00364 and its code, whose interface this is.
     """
     sigmas = karras_sigmas(num_steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho, net.round_sigma)
     if guidance is None and max_stage is None and method is None and node_scale is None:
@@ -84,8 +89,21 @@ def generate(
     """Images of seeds, batch by batch: (the batch's seeds, [batch, channels, height, width] images in about [-1, 1]).
 
     Args:
+        net: the network, as for `er_sde_sampler`; `img_channels` and `img_resolution` say the shape of an image.
+        seeds: one for each image.
+        batch_size: images that are computed together.
         class_index: the class of every image; None draws one from each image's seed, for networks of classes.
+        device: of the network.
+        progress: shows a progress bar.
         sampler: further arguments of `er_sde_sampler`.
+
+    Returns:
+        An iterator over the batches.
+
+    Raises:
+        ValueError, TypeError: a class that the network has not, and what `er_sde_sampler` refuses.
+
+    Source: the command `generate` of EDM's code.
     """
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     for start in tqdm(range(0, len(seeds), batch_size), unit="batch", disable=not progress):

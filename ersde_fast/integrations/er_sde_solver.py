@@ -41,6 +41,8 @@ class ER_SDE_Solver:
         times: [num_steps] or longer, what the model is given for the time; None: the sigmas.
         progress: shows a progress bar.
         randn_like: draws the noise of a step; None is torch's own stream, drawn in the kernel.
+
+    Source: arXiv 2309.06169 and its authors' code.
     """
 
     def __init__(self, sde_type: str = "ve", model_prediction_type: str = "x_start", integration_points: int | None = 100):
