@@ -18,10 +18,15 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    sys.exit(f'setuptools {setuptools.__version__} is too old: pip install "setuptools>=77", or leave --no-build-isolation out')
 
 PURE = os.environ.get("ERSDE_FAST_PURE") == "1"
 REQUIRE = os.environ.get("ERSDE_FAST_REQUIRE") == "1"
