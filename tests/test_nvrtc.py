@@ -1,10 +1,12 @@
 """The CUDA kernels by NVRTC: what a machine without a GPU can see of it. Compiled for several architectures, kept, and named."""
 
+import contextlib
 import hashlib
 import os
 import subprocess
 import sys
 import threading
+import types
 from itertools import pairwise
 from pathlib import Path
 
@@ -191,3 +193,15 @@ def test_a_machine_without_any_compiler(tmp_path):
     done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, env=hidden)
     assert done.stdout.split() == ["nvrtc", "library"], done.stderr
     assert len(list(tmp_path.glob("*.cubin"))) == 2
+
+
+@pytest.mark.parametrize("quiet, hidden", [("0", None), ("1", True)])
+def test_the_first_compilation_is_shown(compiler, cache, monkeypatch, quiet, hidden):
+    shown = []
+    monkeypatch.setattr(
+        nvrtc, "tqdm", lambda **bar: shown.append(bar) or contextlib.nullcontext(types.SimpleNamespace(update=bool))
+    )
+    monkeypatch.setattr(compiler, "_compile", lambda expression, capability: b"name\0binary")
+    monkeypatch.setenv("ERSDE_FAST_QUIET", quiet)
+    assert compiler.kernel("a kernel", (9, 0)) == compiler.kernel("a kernel", (9, 0)) == (b"name", b"binary")
+    assert [bar["disable"] for bar in shown] == [hidden]

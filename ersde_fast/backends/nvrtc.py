@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..files import write_whole
 from ..noise import TORCH_PIECE
@@ -126,7 +127,12 @@ class Compiler:
         path = cache_folder() / f"{key[:32]}.cubin"
         kept = _read(path)
         if kept is None:
-            kept = self._compile(expression, capability)
+            hidden = os.environ.get("ERSDE_FAST_QUIET") == "1" or None  # None: where nobody watches
+            with tqdm(
+                total=1, desc="ersde-fast compiles a CUDA kernel, once", unit="kernel", leave=False, disable=hidden
+            ) as bar:
+                kept = self._compile(expression, capability)
+                bar.update()
             _write(path, kept)
         name, _, binary = kept.partition(b"\0")
         return name, binary
