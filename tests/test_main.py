@@ -39,8 +39,8 @@ def test_it_says_what_runs():
     run = subprocess.run([sys.executable, "-m", "ersde_fast"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"ersde-fast {ersde_fast.__version__}, torch {torch.__version__}" in run.stdout
-    assert re.search(r"cpu +yes, by \w+, noise has its bits, step has its bits", run.stdout)
-    assert re.search(r"reference +yes, noise has its bits", run.stdout)
+    assert re.search(r"cpu +yes, by \w+, noise right, step right", run.stdout)
+    assert re.search(r"reference +yes, noise right, step right", run.stdout)
     assert re.search(r"cpu: torch.add [\d.]+ us; a step of order 3 without noise [\d.]+ \([\d.]+ times\)", run.stdout)
 
 
@@ -55,7 +55,15 @@ def test_other_bits_are_an_error(monkeypatch, capsys):
     monkeypatch.setattr(check, "STEP", "of another machine")
     assert check.main() == 1
     said = capsys.readouterr().out
-    assert "noise has its bits, step HAS OTHER BITS" in said and "cpu gives other bits than every other machine" in said
+    assert "noise right, step WRONG" in said and "cpu does not give what every other machine does" in said
+
+
+def test_a_backend_that_fails_is_said(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(CPU, "noise", fails)
+    assert check.check(CPU) == ("FAILED: RuntimeError: no driver", False)
 
 
 def test_there_is_one_version():
