@@ -44,9 +44,8 @@ lint: env
 test: env $(if $(PYTHON),,lint)
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-# The pages and the API as a site, build/site/index.html; a warning is an error. It needs no network, once its tools are installed.
+# The pages and the API as a site, build/site/index.html; a warning is an error. It needs no network.
 docs: env
-	$(PY) -c "import mkdocs, mkdocstrings, material" 2>/dev/null || $(PY) -m pip install -q --no-build-isolation -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # The CPU kernels and the binding under the sanitizers of addresses and undefined behaviour, then of threads. OpenMP's own threads

@@ -3,8 +3,11 @@
 import functools
 import importlib
 import inspect
+import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,6 +175,14 @@ def test_readmes_loop_is_the_samplers(as_they_were):
     for code in snippets(ROOT / "README.md"):
         exec(code, scope)
     assert torch.equal(scope["x"], scope["images"])
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / "mkdocs.yml", "-d", tmp_path]
+    built = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    assert built.returncode == 0, built.stderr
+    assert {"index.html", "api.html", "errors.html"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_readme_is_short():
