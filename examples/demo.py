@@ -64,7 +64,7 @@ def compare(plan, steps, seed, repeats=9):
         "existing samplers": lambda i: others[i](torch.randn_like(steps[i][0])),
     }
     times = {name: [] for name in ways}
-    for _ in range(repeats):
+    for _ in tqdm(range(repeats), desc="one step, by each way", unit="run"):
         for name, way in ways.items():
             start = time.perf_counter()
             for i in steady:

@@ -177,6 +177,29 @@ def test_readmes_loop_is_the_samplers(as_they_were):
     assert torch.equal(scope["x"], scope["images"])
 
 
+CELLS = re.findall(
+    r"`((?:from |[\w.]+(?:, \w+)*(?: = [\w.]+)?\()[^`]*)`",
+    "\n".join(re.findall(r"^\|.*", (ROOT / "README.md").read_text(), re.M)),
+)
+
+
+def test_there_are_cells():
+    assert len(CELLS) >= 6
+
+
+@pytest.mark.parametrize("code", CELLS)
+def test_readmes_table_runs(code, as_they_were):
+    """What one writes instead of what one uses."""
+    scheduler = pytest.importorskip("ersde_fast.integrations.diffusers").ERSDEScheduler
+    scope = composition() | {"pipe": SimpleNamespace(scheduler=scheduler()), "ERSDEScheduler": scheduler}
+    scope |= {"tree": lambda sigma, sigma_next: torch.randn(4, 3, 8, 8), "shape": (3, 8, 8), "out_dir": "out"}
+    scope |= {name: getattr(ersde_fast, name) for name in ("fast_step", "sample_er_sde", "stack_plans")}
+    scope |= {"plans": [scope["plan_a"], scope["plan_b"]]}
+    if "generate" in code:
+        scope["seeds"] = range(2)
+    exec(code, scope)
+
+
 def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / "mkdocs.yml", "-d", tmp_path]

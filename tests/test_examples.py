@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import demo
 import reward
 from samplers import k_diffusion
 
@@ -39,3 +40,22 @@ def test_the_gradient_of_the_density_raises_the_reward():
     assert len(list(reward.train(net, [3, 8], samples=6, iterations=3, learning_rate=5e-4))) == 3
     after = reward.thickness(reward.rollout(net, labels, seed=0)[-1]).mean()
     assert after > 1.2 * before > 0
+
+
+class NormalData:
+    """The interface of the demo's network, exact for normal data of standard deviation 0.3."""
+
+    label_dim, sigma_data = 2, 0.6
+
+    def edm_output(self, x, sigma, labels):
+        variance = sigma**2 + self.sigma_data**2
+        denoised = x * 0.3**2 / (0.3**2 + sigma**2)
+        return (denoised - self.sigma_data**2 / variance * x) * variance**0.5 / (sigma * self.sigma_data)
+
+
+def test_the_demo_tells_how_far_each_sampler_ends_from_the_limit():
+    rows, distances = demo.beside(NormalData(), seed=3)
+    assert [tuple(row.shape) for row in rows] == [(2, 1, 28, 28)] * 4
+    assert (rows[-1].std() - 0.3).abs() < 0.02
+    assert 0 < distances["ersde-fast"] < distances["ComfyUI's er_sde"] < distances["DDIM"]
+    assert demo.image(rows).size == (2 * 28 * 3, 4 * 28 * 3)
