@@ -157,7 +157,6 @@ def place_sigmas(
     extra_args: dict | None = None,
     *,
     process: Process = "ve",
-    disable: bool | None = None,
 ) -> Tensor:
     """Levels for runs of few steps, from a pilot run of many on the same model.
 
@@ -173,7 +172,6 @@ def place_sigmas(
         num_steps: the number of steps of the runs to come, at least 2.
         extra_args: further arguments of the model.
         process: see `er_sde_plan`.
-        disable: hides the progress bar; None hides it where nobody watches.
 
     Returns:
         float64 [num_steps + 1] on the CPU, falling; the last is that of `sigmas`.
@@ -209,7 +207,7 @@ def place_sigmas(
         error = sum(terms[1:], terms[0])
         errors.append(error.square().mean().sqrt().item() / plan.alphas[said["i"] + 1].item())
 
-    sample_plan(plan, model, x, extra_args, measure, disable)
+    sample_plan(plan, model, x, extra_args, measure, disable=True)
     errors[:2] = errors[2:3] * 2  # there is no history of three yet
     if not all(map(math.isfinite, errors)):
         raise ValueError(f"model must return finite predictions, got errors {errors} of the pilot's steps")
