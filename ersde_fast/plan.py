@@ -250,8 +250,7 @@ def er_sde_plan(
             as its order and the history allow. None is 3, as the paper's, or what guidance chooses: 4 and 5 gain little, and
             amplify a model's errors more.
         noise_scaler: "ode", "sde", "sde_1" to "sde_5" (the paper's appendix A.8), "reverse_time_sde(eta)", or phi itself: a
-            function of a float64 tensor of er_lambdas, elementwise. "sde_5", the paper's: as near to the model's limit as
-            "ode" from 8 evaluations on, and the noise still takes some of the model's errors back.
+            function of a float64 tensor of er_lambdas, elementwise. docs/choosing.md compares them.
         method: "newton" integrates the polynomial through the history exactly and has the true order n. "taylor" is the
             paper's rule. None is "newton", which is mostly ahead of the paper's rule (docs/quality.md), or "taylor"
             where integration_points are given.

@@ -23,14 +23,13 @@ from ..sample import with_newest
 from ..step import fast_step
 from .diffusers_arguments import ROUNDINGS, Drawn, clipped, for_batch, is_whole, numbers, place_in, without_numpy
 from .diffusers_configs import (
-    check_config,
     check_that_they_are_read,
-    known_keys,
     levels_class,
-    no_key,
+    no_scheduler,
     plan_options,
     saved,
     translated,
+    unknown_keys,
     without_rivals,
 )
 from .diffusers_levels import PREDICTION_TYPES, BetaLevels, EDMLevels, FlowLevels, is_spaced, training_alphas_cumprod
@@ -212,13 +211,10 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: naming the class or the key that this scheduler cannot follow.
         """
-        check_config(config)
         if not isinstance(config, dict):
-            return super().from_config(config, return_unused_kwargs, **kwargs)
+            return super().from_config(no_scheduler(config), return_unused_kwargs, **kwargs)
         own_keys = cls._get_init_keys(cls) - {"self"}
-        unknown = kwargs.keys() - own_keys - known_keys()
-        if unknown and not return_unused_kwargs:
-            raise TypeError(no_key(unknown, own_keys))
+        unknown = unknown_keys(kwargs, own_keys, allowed=return_unused_kwargs)
         others = {key: kwargs.pop(key) for key in list(kwargs) if key not in own_keys and key not in unknown}
         taken = without_rivals(translated(config, own_keys, kwargs.get("levels_of"), others), kwargs)
         made = super().from_config(taken, return_unused_kwargs, **kwargs)
@@ -532,7 +528,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
         if not all(isinstance(one, torch.Generator) for one in generators):
             raise TypeError(
-                f"generator must be a torch.Generator or a list of them, got {generator!r}: torch.Generator().manual_seed(number) makes one"
+                f"generator must be a torch.Generator or a list of them, got {generator!r}: torch.Generator() makes one"
             )
         if isinstance(generator, (list, tuple)) and len(generators) != len(sample):
             raise ValueError(f"generator must be one or {len(sample)}, one for each sample of the batch, got {len(generators)}")

@@ -196,19 +196,23 @@ def check_that_they_are_read(keys: dict, config) -> None:
             raise ValueError(f"{key}={value!r} needs use_karras_sigmas, use_exponential_sigmas or use_beta_sigmas")
 
 
-def check_config(config) -> None:
-    """Raises for a scheduler where its config is wanted, which diffusers would look for on its hub."""
+def no_scheduler(config):
+    """What is no config, unless it is a scheduler where its config is wanted, which diffusers would look for on its hub."""
     if isinstance(getattr(config, "config", None), dict):
         raise TypeError(
             f"config must be the config of a scheduler, got {type(config).__name__}: write from_config(scheduler.config)"
         )
+    return config
 
 
-def no_key(unknown: set[str], own_keys: set[str]) -> str:
-    """The message for arguments that are no key of any scheduler."""
-    near = {key: difflib.get_close_matches(key, own_keys, 1, 0.8) for key in sorted(unknown)}
-    names = ", ".join(f"{key} (write {close[0]})" if close else key for key, close in near.items())
-    return f"from_config got {names}: no key of a scheduler; its own are {', '.join(sorted(own_keys))}"
+def unknown_keys(keys: dict, own_keys: set[str], allowed: bool) -> set[str]:
+    """The arguments that are no key of any scheduler; an error with the nearest names where they are not allowed."""
+    unknown = keys.keys() - own_keys - known_keys()
+    if unknown and not allowed:
+        near = {key: difflib.get_close_matches(key, own_keys, 1, 0.8) for key in sorted(unknown)}
+        names = ", ".join(f"{key} (write {close[0]})" if close else key for key, close in near.items())
+        raise TypeError(f"from_config got {names}: no key of a scheduler; its own are {', '.join(sorted(own_keys))}")
+    return unknown
 
 
 def known_keys() -> set[str]:
