@@ -112,12 +112,16 @@ struct StepLaunch {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether an operand can be read as 16 bytes at a time: of that type, contiguous in whole samples and aligned; or there is none.
+// Whether an operand can be read as 16 bytes at a time: of that type, contiguous and aligned; or there is none.
 inline bool fits_vectors(const Operand& o, const StepArgs& a) {
-  const DType t = a.out.dtype;
-  const int64_t item = size_of(t), last = a.ndim - 1;
-  return !o.data || (o.dtype == t && (uintptr_t)o.data % 16 == 0 && (o.strides[last] == item || a.sizes[last] == 1) &&
-                     (a.ndim == 1 || a.sizes[0] == 1 || o.strides[0] == item * a.sizes[1]));
+  int64_t expected = size_of(a.out.dtype);
+  if (!o.data) return true;
+  if (o.dtype != a.out.dtype || (uintptr_t)o.data % 16 != 0) return false;
+  for (int d = a.ndim - 1; d >= 0; --d) {
+    if (a.sizes[d] != 1 && o.strides[d] != expected) return false;
+    expected *= a.sizes[d];
+  }
+  return true;
 }
 inline bool operands_fit_vectors(const StepArgs& a) {
   if (a.out.dtype == DType::float64 || a.float64 || a.num_terms == 0 || a.rows.ring_stride % 16 != 0) return false;
@@ -127,15 +131,19 @@ inline bool operands_fit_vectors(const StepArgs& a) {
   return fits_vectors(a.out, a) && fits_vectors(a.denoised, a) && fits_vectors(a.guide, a);
 }
 
-// Whether step_vectors can run this: one 2- or 4-byte type, contiguous and aligned; where samples differ, whole samples, and
+// Rows of a sample that lie behind each other, though their positions in the whole sample do not: of a shard.
+inline int64_t rows_of_sample(const StepArgs& a) { return a.batched && a.ndim == 3 ? a.sizes[1] : 1; }
+
+// Whether step_vectors can run this: one 2- or 4-byte type, contiguous and aligned; where samples differ, whole rows of them, and
 // not torch's stream, which runs across them.
 inline bool fits_vectors(const StepArgs& a) {
   const int64_t vector = 16 / size_of(a.out.dtype);
   if (a.num_terms + (a.drawn.source != Noise::none) > kMaxVectorTerms) return false;
   if (a.batched) {
-    const bool one = a.sizes[0] == 1;
-    if (!one && a.drawn.source == Noise::torch) return false;
-    if (a.ndim != 2 || a.first_position != 0 || (!one && (a.sizes[1] % vector != 0 || a.sizes[0] > 65535))) return false;
+    const int64_t rows = a.sizes[0] * rows_of_sample(a);
+    if (rows != 1 && a.drawn.source == Noise::torch) return false;
+    if (a.ndim > 3 || a.first_position % 4 != 0 || (a.ndim == 3 && a.position_strides[1] % 4 != 0)) return false;
+    if (rows != 1 && (a.sizes[a.ndim - 1] % vector != 0 || rows > 65535)) return false;
   } else if (a.ndim != 1) {
     return false;
   }
@@ -148,7 +156,10 @@ inline VectorArgs vector_args_of(const StepArgs& a) {
   v.guide = a.guide.data;
   v.denoised = a.denoised.data;
   v.out = a.out.data;
-  v.size = a.batched ? a.sizes[1] : a.numel;
+  v.size = a.batched ? a.sizes[a.ndim - 1] : a.numel;
+  v.rows_of_sample = (unsigned)rows_of_sample(a);
+  v.first_group = a.first_position / 4;
+  v.groups_between_rows = a.ndim == 3 ? a.position_strides[1] / 4 : 0;
   v.rows = a.rows;
   v.drawn = a.drawn;
   if (known_to_host(a.rows)) v.coefficients = coefficients_of<float, kMaxTerms>(a.rows, 0);
@@ -179,9 +190,9 @@ inline StepLaunch launch_of(const StepArgs& a, int multiprocessors) {
     l.grid[0] = (unsigned)across;
     l.grid[1] = (unsigned)std::min(blocks, ceil_div(most, across));
   } else {
-    const int64_t samples = a.batched ? a.sizes[0] : 1;
-    l.grid[0] = (unsigned)std::min(ceil_div(ceil_div(l.vector.size, each), kThreads), ceil_div(most, samples));
-    l.grid[1] = (unsigned)samples;
+    const int64_t rows = a.batched ? a.sizes[0] * rows_of_sample(a) : 1;
+    l.grid[0] = (unsigned)std::min(ceil_div(ceil_div(l.vector.size, each), kThreads), ceil_div(most, rows));
+    l.grid[1] = (unsigned)rows;
   }
   return l;
 }

@@ -156,13 +156,15 @@ __device__ __forceinline__ void step_scalar(const VectorArgs& a, const Coefficie
   store(static_cast<T*>(a.out) + e, y);
 }
 
-// Without noise, or with the portable stream: a thread owns 16 bytes, whole groups of four. blockIdx.y is the sample, where
+// Without noise, or with the portable stream: a thread owns 16 bytes, whole groups of four. blockIdx.y is the row, where
 // samples differ.
 template <typename T, int K, Noise Source, bool Predicts>
 __global__ void __launch_bounds__(kThreads) step_vectors(const __grid_constant__ VectorArgs a) {
   constexpr int N = Pack<T>::size;
   constexpr bool draws = Source == Noise::portable;
-  const uint64_t b = blockIdx.y;
+  const unsigned row = blockIdx.y;
+  const uint64_t b = row / a.rows_of_sample;
+  const uint64_t first_group = (uint64_t)(a.first_group + (int64_t)(row % a.rows_of_sample) * a.groups_between_rows);
   let_the_kernel_behind_start();
   // Where nothing that the noise depends on lies in memory, that of the first vector is drawn while the kernel before this ends;
   // but eight numbers take longer than what there is to wait for.
@@ -179,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) step_vectors(const __grid_constant__
     if constexpr (draws) {
 #pragma unroll
       for (int g = 0; g < N / 4; ++g) {
-        portable_normals(keys, portable_counter((uint64_t)v * (N / 4) + g, c.counter, sample), z[4 * g], z[4 * g + 1],
+        portable_normals(keys, portable_counter(first_group + (uint64_t)v * (N / 4) + g, c.counter, sample), z[4 * g], z[4 * g + 1],
                          z[4 * g + 2], z[4 * g + 3]);
       }
     }
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) step_vectors(const __grid_constant__
     wait_for_the_kernel_before();
   }
   for (int64_t v = thread; v < vectors; v += (int64_t)gridDim.x * kThreads) {
-    const int64_t at = (int64_t)b * vectors + v;
+    const int64_t at = (int64_t)row * vectors + v;
     const auto loaded = load_vector<K, Predicts>(a, c, slot, at);
     if (!ahead || v != thread) draw(v);
     step_vector<T, K, draws, Predicts>(a, c, loaded, slot, at, z);
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) step_vectors(const __grid_constant__
   // Fewer than N elements are left over, only where there is one sample.
   const int64_t e = vectors * N + thread;
   if (thread < N && e < a.size) {
-    if constexpr (draws) portable_normals(keys, portable_counter((uint64_t)e / 4, c.counter, sample), z[0], z[1], z[2], z[3]);
+    if constexpr (draws) portable_normals(keys, portable_counter(first_group + (uint64_t)e / 4, c.counter, sample), z[0], z[1], z[2], z[3]);
     step_scalar<T, K, Predicts>(a, c, slot, e, draws, e % 4 == 0 ? z[0] : e % 4 == 1 ? z[1] : e % 4 == 2 ? z[2] : z[3]);
   }
 }

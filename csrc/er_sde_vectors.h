@@ -7,7 +7,9 @@ struct VectorArgs {
   const void* terms[kMaxTerms];
   const void* guide;
   void *denoised, *out;
-  int64_t size;                      // of one sample; of the whole tensor where samples do not differ
+  int64_t size;                      // of one row, which is a whole sample but of shards; of the whole tensor where samples do not differ
+  unsigned rows_of_sample;
+  int64_t first_group, groups_between_rows;  // of the portable stream: where a sample's rows begin in it
   Coefficients<float> coefficients;  // of every sample, where the host knows them
   Rows rows;
   Drawn drawn;

@@ -223,6 +223,20 @@ def test_the_log_density_where_a_segment_is_a_warps(dtype, size):
     assert equal(by_cuda(step), step())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "start, shape", [((0, 2, 0, 0), (4, 3, 8, 16)), ((0, 0, 3, 0), (4, 6, 5, 16)), ((2, 0, 0, 0), (2, 6, 8, 16))]
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_shard_in_whole_rows(batch, start, shape, dtype):
+    """By frames, height and channels: rows that lie behind each other, and positions that do not."""
+    x, output, *history = torch.randn(4, batch, *shape).to(dtype).unbind()
+    kwargs = dict(seed=[5 + b for b in range(batch)], global_shape=(4, 6, 8, 16), global_start=start)
+    for of in ({}, {"prediction_type": "v"}):
+        step = functools.partial(fast_step, plan_of(3), 4, x, [output, *history], **kwargs, **of)
+        assert equal(by_cuda(step), step())
+
+
 @contextlib.contextmanager
 def torch_stream(seed, offset, threads, in_memory=False):
     """While it lasts, steps with a seed draw torch's stream instead; its seed and offset given, or read from memory."""
