@@ -17,6 +17,7 @@
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <optional>
 
 #include "er_sde_plan.h"
 #include "step_call.h"
@@ -143,15 +144,14 @@ bool set_rows(ersde::Rows& rows, const at::Tensor& table, py::handle i, const at
 std::vector<int64_t> numbers(py::handle h) { return h.is_none() ? std::vector<int64_t>() : h.cast<std::vector<int64_t>>(); }
 
 py::object step(const StepCall& call) {
-  ersde::LogProbArgs density{};
-  StepArgs& a = density.step;
+  StepArgs a{};
+  std::optional<ersde::LogProbArgs> density;  // made where it is asked for: it takes as long to clear as StepArgs
   const at::Tensor *table_found = tensor_of(call.table), *x_found = tensor_of(call.x), *ring = tensor_of(call.ring);
   if (!table_found || !x_found) return py::none();
   const at::Tensor &table = *table_found, &x = *x_found;
   at::Tensor z, out, denoised, seeds, slot;
   const bool grad_mode = c10::GradMode::is_enabled(), predicts = call.predicts.ptr() == Py_True, trusted = call.trusted.ptr() == Py_True;
   const bool sums = !call.reduction.is_none(), given_next = !call.x_next.is_none(), differentiates = !call.gradient.is_none();
-  density.what = differentiates ? ersde::Density::gradients : given_next ? ersde::Density::of_sample : ersde::Density::of_step;
   bool draws = call.draws.ptr() == Py_True;
   const auto fits = [&](const at::Tensor& t) { return is_plain(t) && (trusted || !is_differentiated(t, grad_mode)); };
   if (!dtype_of(x, a.out.dtype) || !is_here(x.device()) || !fits(x)) return py::none();
@@ -323,29 +323,35 @@ py::object step(const StepCall& call) {
   if (sums) {
     const int64_t batch = x.dim() ? x.size(0) : 1;
     const auto float64 = x.options().dtype(at::kDouble).requires_grad(false);
-    density.mean = PyUnicode_CompareWithASCIIString(call.reduction.ptr(), "mean") == 0;
+    density.emplace();
+    density->what = differentiates ? ersde::Density::gradients : given_next ? ersde::Density::of_sample : ersde::Density::of_step;
+    density->mean = PyUnicode_CompareWithASCIIString(call.reduction.ptr(), "mean") == 0;
     if (differentiates) {
       const at::Tensor* gradient = tensor_of(call.gradient);
       if (!gradient || gradient->scalar_type() != at::kDouble || gradient->numel() != batch || !gradient->is_contiguous()) return py::none();
-      density.log_prob = const_cast<double*>(gradient->const_data_ptr<double>());
+      density->log_prob = const_cast<double*>(gradient->const_data_ptr<double>());
       const int64_t guided = a.rows.guided, last = PyList_GET_SIZE(call.gradients.ptr()) - 1;
       for (int64_t k = 0; k <= last; ++k) {
         DType dtype;
         const at::Tensor* t = operand_of(PyList_GET_ITEM(call.gradients.ptr(), k), dtype);
-        if (t) add_operand(density.gradients[k == last ? ersde::kMaxTerms + 1 : k + guided == last ? ersde::kMaxTerms : k], *t, dtype);
+        if (t) add_operand(density->gradients[k == last ? ersde::kMaxTerms + 1 : k + guided == last ? ersde::kMaxTerms : k], *t, dtype);
       }
     } else {
       log_prob = at::empty(x.sizes().slice(0, x.dim() ? 1 : 0), float64);
       memory = at::empty({batch * ((x.numel() / batch + ersde::kSegment - 1) / ersde::kSegment)}, float64);
-      density.log_prob = log_prob.mutable_data_ptr<double>();
-      density.sums = memory.mutable_data_ptr<double>();
+      density->log_prob = log_prob.mutable_data_ptr<double>();
+      density->sums = memory.mutable_data_ptr<double>();
     }
   }
   a.out.data = given_next ? static_cast<char*>(const_cast<void*>(out.const_data_ptr())) : static_cast<char*>(out.mutable_data_ptr());
   pairs.push_back({&out, &a.out});
   set_shape(a, pairs, numbers(call.global_shape), numbers(call.global_start), sums);
-  if (sums) run(density, pairs, x.device());
-  else run(a, pairs, x.device());
+  if (sums) {
+    density->step = a;
+    run(*density, pairs, x.device());
+  } else {
+    run(a, pairs, x.device());
+  }
   return result();
 }
 
