@@ -9,6 +9,7 @@ if (Path(__file__).parents[1] / "kernels" / "er_sde_step.py").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
 from .backends import available_backends
+from .calibrate import calibrate_plan
 from .draw import portable_noise, torch_noise
 from .log_prob import step_log_prob
 from .noise_scaler import reverse_time_sde
@@ -41,6 +42,7 @@ __all__ = [
     "Plan",
     "PlanStack",
     "available_backends",
+    "calibrate_plan",
     "er_sde_plan",
     "fast_step",
     "place_sigmas",

@@ -24,6 +24,7 @@ from torch import Tensor
 from .backends import BACKENDS, Backend
 from .choice import NODE_SCALE, ORDER, UNTOLD
 from .noise_scaler import AnyNoiseScaler, NoiseScaler, get_noise_scaler, nonnegative
+from .report import CalibrationReport
 from .table import COUNTER, P_M, W_D, W_NOISE, W_X, Row, Table
 from .weights import CPU, EPS, Eta, Levels, Method, PlanOptions, Process, each_eta, fill_weights
 
@@ -40,11 +41,13 @@ class Plan(Table, PlanOptions):
         weights: float64 tensor [num_steps, order + 2], columns w_x | w_d[0] ... w_d[order - 1] | w_noise.
         draws: whether any step adds noise; of a plan on a device, whether one can.
         orders, guidance, first_step and the others: see PlanOptions.
+        report: of `calibrate_plan`, what it did; else None.
     """
 
     sigmas: Tensor
     alphas: Tensor
     er_lambdas: Tensor
+    report: CalibrationReport | None = None
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:

@@ -12,10 +12,12 @@ from torch import Tensor
 from .files import safetensors_for, write_whole
 from .noise_scaler import NoiseScaler, get_noise_scaler
 from .plan import Plan, er_sde_plan, table_of_weights
+from .report import CalibrationReport
 from .table import W_NOISE
 from .weights import CPU, PlanOptions
 
 KEY = "ersde_fast_plan"  # of the header's metadata
+REPORT = "ersde_fast_calibration"  # and of a calibrated plan
 VERSION = 1
 SAID = tuple(field.name for field in fields(PlanOptions))
 
@@ -33,15 +35,17 @@ def save(plan: Plan, path: str | os.PathLike) -> None:
     tensors = {"sigmas": plan.sigmas, "weights": plan.weights}
     if plan.process is None:
         tensors["alphas"] = plan.alphas
-    said = json.dumps({"version": VERSION, **_said_of(plan)})
-    write_whole(path, safetensors_for("Plan.save").save(tensors, metadata={KEY: said}))
+    metadata = {KEY: json.dumps({"version": VERSION, **_said_of(plan)})}
+    if plan.report is not None:
+        metadata[REPORT] = json.dumps(plan.report._asdict())
+    write_whole(path, safetensors_for("Plan.save").save(tensors, metadata=metadata))
 
 
 def load(path: str | os.PathLike) -> Plan:
     """See `Plan.load`."""
-    tensors, said = _read(Path(path))
+    tensors, said, report = _read(Path(path))
     try:
-        return _plan_of(tensors, said)
+        return replace(_plan_of(tensors, said), report=_report_of(report))
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path} holds no plan that ersde-fast saved: {error}") from None
 
@@ -66,25 +70,43 @@ def _is_named(noise_scaler: NoiseScaler) -> bool:
         return False
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a file, and what its header says of the plan."""
+def _report_of(said: dict | None) -> CalibrationReport | None:
+    """The report of a calibrated plan, checked."""
+    if said is None:
+        return None
+    kinds = CalibrationReport.__annotations__
+    if said.keys() != kinds.keys():
+        raise ValueError(f"its calibration must say {', '.join(kinds)}, and says {', '.join(said) or 'nothing'}")
+    numbers = {name: value for name, value in said.items() if kinds[name] is float}
+    if not all(type(value) in (int, float) for value in numbers.values()) or type(said["calibrated"]) is not bool:
+        raise TypeError(f"its calibration must be of numbers, got {said}")
+    fitted, held_back = said["starts"]
+    return CalibrationReport(**{**said, **{k: float(v) for k, v in numbers.items()}, "starts": (int(fitted), int(held_back))})
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict, dict | None]:
+    """The tensors of a file, what its header says of the plan, and of its calibration."""
     safetensors_for("Plan.load")
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            said = (file.metadata() or {}).get(KEY)
+            metadata = file.metadata() or {}
+            said, report = metadata.get(KEY), metadata.get(REPORT)
             if said is None:
                 raise ValueError("its header says nothing of a plan")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         said = json.loads(said)
         if not isinstance(said, dict) or said.get("version") != VERSION:
             raise ValueError(f"its header must be of version {VERSION}: another ersde-fast wrote it")
+        report = None if report is None else json.loads(report)
+        if not isinstance(report, dict | None):
+            raise ValueError(f"its calibration must be an object, got {report!r}")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of a plan, or damaged: {error}") from None
-    return tensors, {name: value for name, value in said.items() if name != "version"}
+    return tensors, {name: value for name, value in said.items() if name != "version"}, report
 
 
 def _plan_of(tensors: dict[str, Tensor], said: dict) -> Plan:

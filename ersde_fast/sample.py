@@ -1,7 +1,7 @@
 """`sample_er_sde`: the sampling loop, with the arguments and conventions of k-diffusion's and ComfyUI's samplers."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .weights import Method, Process
 def sample_er_sde(
     model: Callable[..., Tensor],
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Tensor | None = None,
     extra_args: dict | None = None,
     callback: Callable[[dict], None] | None = None,
     disable: bool | None = None,
@@ -39,13 +39,14 @@ def sample_er_sde(
     cfg_pp: float | None = None,
     generator: torch.Generator | None = None,
     seed: Seed | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Samples with an extended reverse-time SDE solver (arXiv 2309.06169).
 
     Args:
         model: `model(x, sigma, **extra_args)`, sigma [batch], to the denoised sample.
         x: [batch, ...] the noise to start from, scaled to sigmas[0].
-        sigmas: [num_steps + 1], falling, the last usually 0; any device.
+        sigmas: [num_steps + 1], falling, the last usually 0; any device. Left out with a plan.
         extra_args: further arguments of the model.
         callback: called after each model evaluation with a dict of `x`, `i`, `sigma`, `sigma_hat`, `denoised`.
         disable: hides the progress bar.
@@ -62,6 +63,7 @@ def sample_er_sde(
         cfg_pp: the scale of CFG++ (arXiv 2406.08070), 0 to 1 in the paper: the model returns a pair, with the condition and without
             it. The callback is called after the step, and is told the guided prediction.
         generator, seed: torch's stream or the portable stream for the noise; see `fast_step`.
+        plan: what to run, such as a plan of `calibrate_plan`, in the place of sigmas and of all that makes a plan of them.
 
     Returns:
         The sample, [batch, ...], in the dtype of x and the units of the data.
@@ -72,6 +74,22 @@ def sample_er_sde(
     Source: arXiv 2309.06169; arguments and conventions are those of k-diffusion's samplers.
     """
     check_one_source(noise_sampler=noise_sampler, generator=generator, seed=seed)
+    source, returns = Source(noise_sampler, generator, seed), Output(prediction_type, cfg_pp)
+    if plan is not None:
+        told: dict[str, Any] = {
+            "sigmas": sigmas,
+            "noise_scaler": noise_scaler,
+            "max_stage": max_stage,
+            "method": method,
+            "node_scale": node_scale,
+        }
+        told |= {"integration_points": integration_points, "guidance": guidance, "sigma_data": sigma_data}
+        told |= {"s_noise": None if s_noise == 1 else s_noise, "process": None if process == "ve" else process}
+        told |= {"eta": None if isinstance(eta, (int, float)) and eta == 1 else eta}
+        _check_nothing_beside(plan, told)
+        return sample_plan(plan.to("cpu"), model, x, extra_args, callback, disable, source, returns)
+    if sigmas is None:
+        raise TypeError("sigmas must be given, or a plan")
     if guidance is not None and max_stage is not None:
         raise ValueError(
             f"guidance chooses the order, so it cannot be told with max_stage={max_stage!r}: leave out one or the other"
@@ -89,9 +107,18 @@ def sample_er_sde(
         guidance=guidance,
         sigma_data=sigma_data,
     )
-    return sample_plan(
-        plan, model, x, extra_args, callback, disable, Source(noise_sampler, generator, seed), Output(prediction_type, cfg_pp)
-    )
+    return sample_plan(plan, model, x, extra_args, callback, disable, source, returns)
+
+
+def _check_nothing_beside(plan: Plan, told: dict) -> None:
+    """Raises for what a plan says already."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan must be one of er_sde_plan, calibrate_plan, Plan.from_weights or Plan.load, got {type(plan).__name__}"
+        )
+    for name, value in told.items():
+        if value is not None:
+            raise ValueError(f"plan says all that {name} would: leave out {name}={value!r}, or the plan")
 
 
 class Source(NamedTuple):

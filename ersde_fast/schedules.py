@@ -181,8 +181,17 @@ def place_sigmas(
 
     Source: docs/quality_tables.md, "Where the levels lie".
     """
+    levels, ends_at_zero = levels_of_pilot(sigmas, num_steps, process)
+    errors = PilotErrors(levels, process)
+    pilot = er_sde_plan(levels, process=process, order=3, noise_scaler="ode", method="newton")
+    sample_plan(pilot, model, x, extra_args, lambda said: errors.add(said["denoised"]), disable=True)
+    return errors.place(num_steps, ends_at_zero)
+
+
+def levels_of_pilot(sigmas: Tensor | Sequence[float] | np.ndarray, num_steps: int, process: Process) -> tuple[Tensor, bool]:
+    """The levels of a pilot run for runs of num_steps, float64 on the CPU, less a 0 at the end; and whether there was one."""
     sigmas = er_sde_plan(on_host(sigmas), process=process).sigmas
-    ends_at_zero = sigmas[-1] == 0
+    ends_at_zero = bool(sigmas[-1] == 0)
     levels = sigmas[:-1] if ends_at_zero else sigmas
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 2:
         raise ValueError(f"num_steps must be a whole number of at least 2, got {num_steps!r}")
@@ -190,33 +199,42 @@ def place_sigmas(
         raise ValueError("sigmas must fall at every step of the pilot, got a level twice")
     if len(levels) < 4:
         raise ValueError(f"sigmas must hold at least 4 levels above 0, for a history of order 3, got {len(levels)}")
+    return levels, ends_at_zero
 
-    plan, lower = (er_sde_plan(levels, process=process, order=n, noise_scaler="ode", method="newton") for n in (3, 2))
-    # Of the weights, not of two steps, whose rounding at high noise is larger than their difference.
-    differences = plan.weights[:, 1:4].clone()
-    differences[:, :2] -= lower.weights[:, 1:3]
-    errors: list[float] = []
-    history: list[Tensor] = []
 
-    def measure(said: dict) -> None:
-        history[:] = [said["denoised"], *history[:2]]
-        terms = [
-            w * denoised.to(float64_device(denoised.device)).double()
-            for w, denoised in zip(differences[said["i"]].tolist(), history, strict=False)
-        ]
+class PilotErrors:
+    """The local errors of a pilot run by its predictions, one after another, and the levels that they place.
+
+    Args:
+        levels: of `levels_of_pilot`.
+    """
+
+    def __init__(self, levels: Tensor, process: Process):
+        plan, lower = (er_sde_plan(levels, process=process, order=n, noise_scaler="ode", method="newton") for n in (3, 2))
+        # Of the weights, not of two steps, whose rounding at high noise is larger than their difference.
+        differences = plan.weights[:, 1:4].clone()
+        differences[:, :2] -= lower.weights[:, 1:3]
+        self.levels, self.differences, self.alphas = levels, differences.tolist(), plan.alphas.tolist()
+        self.errors: list[float] = []
+        self.history: list[Tensor] = []
+
+    def add(self, denoised: Tensor) -> None:
+        i = len(self.errors)
+        self.history = [denoised, *self.history[:2]]
+        terms = [w * d.to(float64_device(d.device)).double() for w, d in zip(self.differences[i], self.history, strict=False)]
         error = sum(terms[1:], terms[0])
-        errors.append(error.square().mean().sqrt().item() / plan.alphas[said["i"] + 1].item())
+        self.errors.append(error.square().mean().sqrt().item() / self.alphas[i + 1])
 
-    sample_plan(plan, model, x, extra_args, measure, disable=True)
-    errors[:2] = errors[2:3] * 2  # there is no history of three yet
-    if not all(map(math.isfinite, errors)):
-        raise ValueError(f"model must return finite predictions, got errors {errors} of the pilot's steps")
-    if not any(errors):
-        raise ValueError("model must depend on sigma or x: the pilot's orders agree to the bit, so any levels are as good")
-
-    passed = np.concatenate([[0.0], np.cumsum(np.asarray(errors) ** 0.25)])
-    count = num_steps if ends_at_zero else num_steps + 1
-    placed = np.interp(np.linspace(0, passed[-1], count), passed, levels.log().numpy())
-    placed = torch.from_numpy(np.exp(placed)).clamp(levels[-1], levels[0])  # which rounding may leave
-    placed[0], placed[-1] = levels[0], levels[-1]
-    return torch.cat([placed, placed.new_zeros(1)]) if ends_at_zero else placed
+    def place(self, num_steps: int, ends_at_zero: bool) -> Tensor:
+        """See `place_sigmas`."""
+        levels, errors = self.levels, [*self.errors[2:3] * 2, *self.errors[2:]]  # there is no history of three before
+        if not all(map(math.isfinite, errors)):
+            raise ValueError(f"model must return finite predictions, got errors {errors} of the pilot's steps")
+        if not any(errors):
+            raise ValueError("model must depend on sigma or x: the pilot's orders agree to the bit, so any levels are as good")
+        passed = np.concatenate([[0.0], np.cumsum(np.asarray(errors) ** 0.25)])
+        count = num_steps if ends_at_zero else num_steps + 1
+        placed = np.interp(np.linspace(0, passed[-1], count), passed, levels.log().numpy())
+        placed = torch.from_numpy(np.exp(placed)).clamp(levels[-1], levels[0])  # which rounding may leave
+        placed[0], placed[-1] = levels[0], levels[-1]
+        return torch.cat([placed, placed.new_zeros(1)]) if ends_at_zero else placed

@@ -185,3 +185,31 @@ def test_initial_latents_of_the_portable_stream():
 def test_guidance_beside_an_order_names_the_argument_that_was_given():
     with pytest.raises(ValueError, match="guidance chooses the order, so it cannot be told with max_stage=2"):
         sample_er_sde(None, torch.ones(1, 2), torch.tensor([2.0, 1.0]), max_stage=2, guidance=5.0)
+
+
+@pytest.mark.parametrize("source", [{"seed": 3}, {"noise_sampler": lambda *_: torch.ones(2, 4)}])
+def test_a_plan_in_the_place_of_sigmas(source):
+    options = {"noise_scaler": "sde", "eta": 0.5, "guidance": 3.0}
+    x = start((2, 4))
+    expected = sample_er_sde(gaussian_model, x, SIGMAS, disable=True, **options, **source)
+    plan = er_sde_plan(SIGMAS, **options)
+    assert torch.equal(sample_er_sde(gaussian_model, x, plan=plan, disable=True, **source), expected)
+
+
+BESIDE = {
+    "sigmas": [1.0, 0.0], "noise_scaler": "ode", "max_stage": 2, "method": "taylor", "node_scale": 3.0, "integration_points": 200,
+    "guidance": 2.0, "sigma_data": 0.5, "s_noise": 0.9, "process": "flow", "eta": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_plan_says_all_that_makes_one(name):
+    with pytest.raises(ValueError, match=f"plan says all that {name} would: leave out {name}="):
+        sample_er_sde(lambda x, sigma: x, torch.ones(2, 4), plan=er_sde_plan([2.0, 1.0, 0.0]), **{name: BESIDE[name]})
+
+
+def test_a_plan_or_sigmas():
+    with pytest.raises(TypeError, match="sigmas must be given, or a plan"):
+        sample_er_sde(lambda x, sigma: x, torch.ones(2, 4))
+    with pytest.raises(TypeError, match="plan must be one of er_sde_plan"):
+        sample_er_sde(lambda x, sigma: x, torch.ones(2, 4), plan="plan.safetensors")

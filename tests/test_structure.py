@@ -10,8 +10,8 @@ FILES = [*(ROOT / "ersde_fast").rglob("*.py"), *(ROOT / "csrc").iterdir(), *(ROO
 MODULES = [path for path in FILES if path.suffix == ".py"]
 # Users' own calls by keyword, what answers them at once, the interfaces of other tools, and functions of a kernel's language.
 MANY = {
-    "fast_step", "reference_step", "step_log_prob", "er_sde_plan", "sample_er_sde", "generate", "er_sde_sampler",
-    "sample_er_sde_fast", "get_sampler", "er_sde_step", "combine_and_store",
+    "fast_step", "reference_step", "step_log_prob", "er_sde_plan", "calibrate_plan", "sample_er_sde", "generate",
+    "er_sde_sampler", "sample_er_sde_fast", "get_sampler", "er_sde_step", "combine_and_store",
 }  # fmt: skip
 
 

@@ -1,0 +1,363 @@
+"""`calibrate_plan`: the levels and weights of a plan of few steps, fitted to a model by a pilot run, without training it.
+
+The plan's run shall end where a pilot run of many steps ends from the same start. Two things are fitted: the gaps between the levels,
+and in each step the weights of the differences between neighbouring predictions (`pilot.Family`).
+
+1. The pilot run, which also shows its samples between its levels.
+2. Without the model: levels and weights whose steps' errors along the pilot's path are least.
+3. One run on these levels, whose weights are fitted on the way to the pilot's path, from where the run itself has come to.
+4. Rounds of Levenberg and Marquardt on where runs end, as long as the evaluations last. Derivatives are differences of runs, each from
+   the step that its parameter first changes and of a few samples, others in each round; in between, Broyden's update keeps them.
+5. The starts that were held back decide whether the plan is returned.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .noise import float64_device
+from .noise_scaler import AnyNoiseScaler, nonnegative
+from .pilot import ORDER, PRIOR, Family, Model, Path, differences_of, least_squares, place_on_path
+from .plan import Plan, er_sde_plan
+from .predictions import PREDICTION_TYPES
+from .reference import prediction
+from .report import CalibrationReport
+from .request import ModelOutput
+from .sample import levels_of, with_newest
+from .schedules import PilotErrors, levels_of_pilot
+from .step import fast_step
+from .weights import CPU, Process
+
+HELD_BACK = 4  # one start of so many
+WITH_DERIVATIVES = 4  # samples a round whose derivatives are measured
+NUMBERS = 2**16  # of all samples together, on which the fit looks
+DIFFERENCE = 0.05  # of a parameter, for a derivative: large enough for networks in half precision
+SHORTENED = (1.0, 0.8, 0.6)  # what the gaps of the placed levels are multiplied by, where the search on the path begins
+PATIENCE, LITTLE = 4, 0.01  # rounds that may follow one another without gaining so large a part of the error
+
+
+@torch.no_grad()
+def calibrate_plan(
+    model: Callable[..., Any],
+    x: Tensor,
+    num_steps: int,
+    sigmas: Tensor | Sequence[float] | np.ndarray,
+    extra_args: dict | None = None,
+    *,
+    noise_scaler: AnyNoiseScaler = "ode",
+    eta: float | Sequence[float] = 1.0,
+    process: Process = "ve",
+    guidance: float | None = None,
+    prediction_type: str | None = None,
+    sigma_data: float | None = None,
+    guidance_scale: float | None = None,
+    evaluations: int = 150,
+    batch_size: int | None = None,
+    disable: bool | None = None,
+) -> Plan:
+    """A plan of few steps, fitted to a model and the conditions it is used under: five evaluations as good as fifteen (docs/calibration.md).
+
+    It belongs to the model: to another it may do harm. Nothing is trained, and no gradient is taken of the model.
+
+    Args:
+        model: `model(x, sigma, **extra_args)`, sigma [batch], to the denoised sample, or what `prediction_type` says. It is called with
+            some of the samples too, so what differs between them belongs into `extra_args`. Without dropout: each sample's result
+            must depend on the sample alone.
+        x: [batch, ...] the noise to start from, scaled to sigmas[0]; 16 starts are enough, 64 better, at least 4. Every fourth is held
+            back from the fit.
+        num_steps: of the plan, at least 2.
+        sigmas: [pilot_steps + 1] the levels of the pilot, falling: 30 to 50 of those that you would sample with, such as Karras et
+            al.'s, and a 0. The plan has their ends, but its last level above 0 may be higher.
+        extra_args: further arguments of the model. A tensor whose first dimension is the batch, also inside a list or a dict, holds a
+            row for each sample, and is cut with them.
+        noise_scaler, eta: of the plan, see `er_sde_plan`. The fit is that of the ODE; a plan with noise has the analytic weights at its
+            levels, and what the fit added to those of the ODE.
+        process: see `er_sde_plan`.
+        guidance: the scale at which the model guides itself, see `er_sde_plan`: for the plan that the fit starts from.
+        prediction_type, sigma_data: what the model returns in the place of the denoised sample, see `fast_step`.
+        guidance_scale: the model returns a pair, with the condition and without it, for classifier-free guidance of this scale.
+        evaluations: of the model, for each start, that may be spent, the pilot's among them; fewer are if no more is gained.
+        batch_size: samples of one call of the model; None is all.
+        disable: hides the progress bar.
+
+    Returns:
+        The plan, on the CPU, as `Plan.from_weights` makes it: it runs and is saved as any plan. `plan.report` is a `CalibrationReport`:
+        the errors before and after, on the starts fitted and on those held back, and the evaluations spent. Where the fit is worse
+        on the starts held back, the plan is the uncalibrated one, `er_sde_plan` on the levels of `place_sigmas`, and
+        `plan.report.calibrated` is False.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and the remedy.
+    """
+    pilot_levels, to_zero = levels_of_pilot(sigmas, num_steps, process)
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < HELD_BACK:
+        what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a float tensor [batch, ...] of at least {HELD_BACK} starts, got {what}")
+    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type must be None or one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+    if batch_size is not None and not (_is_whole(batch_size) and batch_size >= 1):
+        raise ValueError(f"batch_size must be None or a whole number of at least 1, got {batch_size!r}")
+    pilot_sigmas = torch.cat([pilot_levels, pilot_levels.new_zeros(1)]) if to_zero else pilot_levels
+    if len(pilot_sigmas) - 1 <= num_steps:
+        raise ValueError(f"sigmas must have more steps than the {num_steps} of the plan, got {len(pilot_sigmas) - 1}")
+    least = len(pilot_sigmas) - 1 + 3 * num_steps
+    if not _is_whole(evaluations) or evaluations < least:
+        raise ValueError(
+            f"evaluations must be at least {least}, for the {len(pilot_sigmas) - 1} of the pilot and three runs of {num_steps} steps, "
+            f"got {evaluations!r}: allow more, or give a pilot of fewer sigmas"
+        )
+    if guidance_scale is not None:
+        guidance_scale = nonnegative("guidance_scale", guidance_scale)
+        guidance = guidance_scale if guidance is None else guidance
+    analytic: dict[str, Any] = {"guidance": guidance, "sigma_data": sigma_data}
+    noise: dict[str, Any] = {"noise_scaler": noise_scaler, "eta": eta}
+    some = torch.linspace(0, len(pilot_sigmas) - 1, num_steps + 1, device=CPU).long()
+    er_sde_plan(pilot_sigmas[some], process=process, **noise, **analytic)  # says what is wrong with these
+    pilot = er_sde_plan(pilot_sigmas, process=process, order=3, method="newton", noise_scaler="ode", sigma_data=sigma_data)
+    with tqdm(total=evaluations * len(x), desc="calibrating", unit="evaluation", disable=disable) as bar:
+        runs = _Runs(model, x, extra_args or {}, prediction_type, guidance_scale, batch_size, bar)
+        followed = runs.follow(pilot, torch.arange(len(x), device=CPU), keep=runs.seen)
+        errors = PilotErrors(pilot_levels, process)
+        for denoised in followed.denoised[: len(pilot_levels) - 1]:
+            errors.add(denoised)
+        placed = errors.place(num_steps, to_zero)
+        fit = _Fit(runs, pilot, followed, Family(placed, _largest_finite(pilot.er_lambdas), process, analytic))
+        parameters, report = fit.calibrate(evaluations)
+    if report.calibrated:
+        return replace(fit.family.plan(parameters, **noise), report=report)
+    return replace(er_sde_plan(placed, process=process, **noise, **analytic), report=report)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _largest_finite(er_lambdas: Tensor) -> float:
+    return er_lambdas[er_lambdas.isfinite()].max().item()
+
+
+def _rows_of(values, rows: Tensor, count: int):
+    """Further arguments of a model, cut to some samples."""
+    if isinstance(values, Tensor):
+        return values[rows.to(values.device)] if values.dim() and len(values) == count else values
+    if isinstance(values, dict):
+        return {key: _rows_of(value, rows, count) for key, value in values.items()}
+    if type(values) in (list, tuple):
+        return type(values)(_rows_of(value, rows, count) for value in values)
+    return values
+
+
+class _Run(NamedTuple):
+    """A run of some samples: where it ended, [n, ...], and what was kept of the state and of the prediction at each step."""
+
+    end: Tensor
+    states: list[Tensor]
+    denoised: list[Tensor]
+
+
+class _Runs:
+    """Runs of a model from the starts of a pilot, by the ODE; `spent` counts its evaluations, each of one sample."""
+
+    def __init__(self, model, x, extra_args, prediction_type, guidance_scale, batch_size, bar):
+        self.model, self.x, self.extra_args, self.bar = model, x, extra_args, bar
+        self.prediction_type, self.guidance_scale = prediction_type, guidance_scale
+        self.batch_size = batch_size or len(x)
+        self.spent = 0
+        size, wanted = x[0].numel(), max(NUMBERS // len(x), 64)
+        places = torch.randperm(size, generator=torch.Generator(CPU).manual_seed(0), device=CPU)[:wanted].sort().values
+        self.places = places.to(x.device)
+
+    def seen(self, values: Tensor) -> Tensor:
+        """The coordinates that the fit looks at, float64 [n, m] on the CPU."""
+        values = values.flatten(1)[:, self.places]
+        return values.to(float64_device(values.device)).double().to(CPU)
+
+    def predict(self, plan: Plan, i: int, x: Tensor, rows: Tensor) -> Tensor:
+        """The denoised samples at step i of a plan, in batches."""
+        sigma = levels_of(plan, x)[i]
+        denoised = []
+        for part, which in zip(x.split(self.batch_size), rows.split(self.batch_size), strict=True):
+            args = _rows_of(self.extra_args, which, len(self.x))
+            denoised.append(self._denoised(plan, i, part, self.model(part, sigma.repeat(len(part)), **args)))
+        self.spent += len(x)
+        self.bar.update(len(x))
+        return torch.cat(denoised)
+
+    def _denoised(self, plan: Plan, i: int, x: Tensor, returned) -> Tensor:
+        unconditional = None
+        if self.guidance_scale is not None:
+            if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+                raise TypeError(
+                    f"model must return a pair for guidance_scale, with the condition and without it, got {type(returned).__name__}"
+                )
+            returned, unconditional = returned
+        for output in (returned, returned if unconditional is None else unconditional):
+            if not isinstance(output, Tensor) or output.shape != x.shape:
+                what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ValueError(f"model must return tensors of the shape of x, {tuple(x.shape)}, got {what}")
+        factors = plan.predicting(self.prediction_type or "sample").rows[i].prediction
+        if not all(map(math.isfinite, factors)):
+            raise ValueError(
+                f'sigmas must start below 1: prediction_type "{self.prediction_type}" says nothing of the clean sample at alpha 0'
+            )
+        return prediction(factors, x, returned, ModelOutput(unconditional, self.guidance_scale))
+
+    def follow(
+        self, plan: Plan, rows: Tensor, start: int = 0, x: Tensor | None = None, history: Sequence[Tensor] = (), keep=None
+    ) -> _Run:
+        """The run of some samples; or the rest of it, from the state at a step and the predictions up to that step, newest first.
+
+        Args:
+            keep: what is kept of states and predictions; None keeps nothing.
+        """
+        x, history, states, kept = self.x[rows.to(self.x.device)] if x is None else x, list(history), [], []
+        for i in range(start, plan.num_steps):
+            if i > start or not history:
+                history = with_newest(self.predict(plan, i, x, rows), history, plan)
+            if keep is not None:
+                states.append(keep(x))
+                kept.append(keep(history[0]))
+            x = fast_step(plan, i, x, history)
+        return _Run(x, states, kept)
+
+
+class _Fit:
+    """The fit of a family of plans to where a pilot run ended.
+
+    Args:
+        pilot: the pilot's plan; followed: its run of all samples, of which the coordinates seen are kept.
+        family: its parameters of 0 are the uncalibrated plan.
+    """
+
+    def __init__(self, runs: _Runs, pilot: Plan, followed: _Run, family: Family):
+        held = torch.arange(len(runs.x), device=CPU) % HELD_BACK == HELD_BACK - 1
+        self.runs, self.family, self.num_steps = runs, family, family.num_steps
+        self.fitted, self.held_back = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+        self.alpha_end, self.pilot_end = pilot.alphas[-1].item(), followed.end
+        ends = self.ends(followed.end)
+        self.target, self.starts = ends[self.fitted], followed.states[0][self.fitted]
+        self.variance = ends.var(0, correction=0).mean().item()
+        self.scale = 1 / math.sqrt(self.target.numel() * self.variance)
+        states, denoised = (torch.stack(kept)[:, self.fitted] for kept in (followed.states, followed.denoised))
+        alphas = pilot.alphas[: len(states), None, None]
+        self.path = Path(pilot.er_lambdas[: len(states)], states / alphas, denoised, self.target)
+
+    def ends(self, end: Tensor) -> Tensor:
+        """Results as the fit compares them, float64 [n, m]."""
+        return self.runs.seen(end) / self.alpha_end
+
+    def errors(self, end: Tensor, rows: Tensor) -> Tensor:
+        """The mean squared distance of each result from the pilot's, in variances of the pilot's results."""
+        aim = self.ends(self.pilot_end[rows.to(self.pilot_end.device)])
+        return (self.ends(end) - aim).square().mean(1) / self.variance
+
+    def calibrate(self, evaluations: int) -> tuple[Tensor, CalibrationReport]:
+        """The parameters, and what the fit did."""
+        runs, rows = self.runs, torch.cat([self.fitted, self.held_back])
+        nothing = torch.zeros(self.family.size, dtype=torch.float64, device=CPU)
+        uncalibrated = runs.follow(self.family.plan(nothing), rows, keep=lambda values: values[: len(self.fitted)])
+        before = uncalibrated._replace(end=uncalibrated.end[: len(self.fitted)])
+        started = [(self.residuals(run, parameters), parameters, run) for parameters, run in ((nothing, before), self.start())]
+        _, parameters, run = min(started, key=lambda one: one[0][1])
+        parameters, run = self.rounds(parameters, run, evaluations * len(runs.x) - self.num_steps * len(self.held_back))
+        held = runs.follow(self.family.plan(parameters), self.held_back)
+        return self.judged(uncalibrated.end, run.end, held.end, parameters)
+
+    def residuals(self, run: _Run, parameters: Tensor) -> tuple[Tensor, float]:
+        """What is left between a run and the pilot, [n, m], and what the fit makes least."""
+        left = (self.ends(run.end) - self.target) * self.scale
+        total = (left.square().sum() + PRIOR * parameters @ parameters).item()
+        return left, total if math.isfinite(total) else math.inf
+
+    def start(self) -> tuple[Tensor, _Run]:
+        """Parameters that the pilot's path alone gives, their weights fitted on the way of a run, and the run."""
+        family, path = self.family, self.path
+        begun = [place_on_path(path, family, self.starts, self.scale, math.log(factor)) for factor in SHORTENED]
+        gaps = min(begun, key=lambda one: one[1])[0][: family.num_gaps]
+        plan = family.plan(torch.cat([gaps, gaps.new_zeros(len(family.differences))]))
+        alphas, er_lambdas = plan.alphas.tolist(), plan.er_lambdas.tolist()
+        x, weights = self.runs.x[self.fitted.to(self.runs.x.device)], [gaps]
+        history: list[Tensor] = []
+        states, kept = [], []
+        for i in range(self.num_steps):
+            history = with_newest(self.runs.predict(plan, i, x, self.fitted), history, plan)
+            states.append(x)
+            kept.append(history[0])
+            x = fast_step(plan, i, x, history)
+            aim = path.at(er_lambdas[i + 1])[0] if er_lambdas[i + 1] > 0 else path.end
+            seen = [self.runs.seen(denoised) for denoised in history]
+            weights.append(least_squares(seen, aim - self.runs.seen(x) / alphas[i + 1]))
+            x = x + (alphas[i + 1] * differences_of(history, weights[-1])).to(x.dtype)
+        return torch.cat(weights), _Run(x, states, kept)
+
+    def rounds(self, here: Tensor, run: _Run, evaluations: int) -> tuple[Tensor, _Run]:
+        """Rounds of Levenberg and Marquardt, from parameters and their run, while another one can be afforded and something is gained."""
+        count, family = len(self.fitted), self.family
+        turns = max(1, round(count / WITH_DERIVATIVES))
+        left, error = self.residuals(run, here)
+        jacobian = torch.zeros(*left.shape, family.size, dtype=torch.float64, device=CPU)
+        known = torch.zeros(count, dtype=torch.bool, device=CPU)
+        steps = sum(self.num_steps - 1 - first for first in family.changes)
+        damping, turn, idle = 1e-3, 0, 0
+        while idle < PATIENCE:
+            some = torch.arange(turn % turns, count, turns, device=CPU)
+            if self.runs.spent + steps * len(some) + self.num_steps * count > evaluations:
+                break
+            jacobian[some] = self.derivatives(here, run, left, some)
+            known[some] = True
+            model = Model.of(jacobian[known].flatten(0, 1), left[known].flatten(), here, count / known.sum().item())
+            step = family.within(here + model.step(damping, family.num_gaps)) - here
+            there = here + step
+            tried = self.runs.follow(family.plan(there), self.fitted, keep=lambda values: values)
+            left_there, error_there = self.residuals(tried, there)
+            if math.isfinite(error_there):
+                missed = left_there[known] - left[known] - jacobian[known] @ step
+                jacobian[known] += missed[:, :, None] * step / (step @ step)
+            ratio = (error - error_there) / max(model.gain(step), 1e-30)
+            idle = 0 if error_there < (1 - LITTLE) * error else idle + 1
+            if error_there < error:
+                here, run, left, error = there, tried, left_there, error_there
+            damping = max(damping / 4, 1e-8) if ratio > 0.5 else damping if ratio > 0.1 else max(damping, 1e-4) * 6
+            turn += 1
+        return here, run
+
+    def derivatives(self, here: Tensor, run: _Run, left: Tensor, some: Tensor) -> Tensor:
+        """Of what is left of some samples, [some, m, size], by differences; a run goes on from the step that a parameter changes."""
+        rows, columns = self.fitted[some], []
+        on = some.to(run.end.device)
+        states, kept = ([values[on] for values in of] for of in (run.states, run.denoised))
+        for k, first in enumerate(self.family.changes):
+            there = here.clone()
+            there[k] += (difference := -DIFFERENCE if k < self.family.num_gaps else DIFFERENCE)
+            history = kept[max(first - ORDER + 1, 0) : first + 1][::-1]
+            moved = self.runs.follow(self.family.plan(there), rows, first, states[first], history)
+            columns.append(((self.ends(moved.end) - self.target[some]) * self.scale - left[some]) / difference)
+        return torch.stack(columns, dim=2)
+
+    def judged(
+        self, uncalibrated: Tensor, fitted: Tensor, held: Tensor, parameters: Tensor
+    ) -> tuple[Tensor, CalibrationReport]:
+        """The parameters and the report, by the ends of the uncalibrated plan's run of all samples, and of the fitted plan's two."""
+        count, rows = len(self.fitted), torch.cat([self.fitted, self.held_back])
+        median = lambda errors: errors.quantile(0.5).item()  # noqa: E731
+        before = self.errors(uncalibrated, rows)
+        after = self.errors(torch.cat([fitted, held]), rows)
+        spread = self.ends(torch.cat([fitted, held])).var(0, correction=0).mean().item() / self.variance
+        held_before, held_after = median(before[count:]), median(after[count:])
+        return parameters, CalibrationReport(
+            calibrated=held_after < held_before,
+            error_before=median(before[:count]),
+            error_after=median(after[:count]),
+            held_back_before=held_before,
+            held_back_after=held_after,
+            variance=spread,
+            evaluations=self.runs.spent / len(self.runs.x),
+            starts=(count, len(rows) - count),
+        )

@@ -1,0 +1,274 @@
+"""Calibrated plans: what they gain where the truth is known, what of them is analytic, what they cost, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+from ersde_fast import Plan, calibrate_plan, er_sde_plan, place_sigmas, sample_er_sde
+from ersde_fast.graph import SamplingGraph
+from ersde_fast.pilot import Family, Path, along
+from ersde_fast.sample import sample_plan
+from ersde_fast.schedules import flow_sigmas, karras_sigmas
+from problems import Mixture
+
+SIZE = 6
+PILOT = karras_sigmas(24, 0.01, 40.0)
+
+
+def of_components(count: int = 4) -> Mixture:
+    g = torch.Generator().manual_seed(1)
+    means = torch.randn(count, SIZE, dtype=torch.float64, generator=g)
+    roots = 0.3 * torch.randn(count, SIZE, SIZE, dtype=torch.float64, generator=g)
+    weights = torch.full((count,), 1 / count, dtype=torch.float64)
+    return Mixture(weights, means, roots @ roots.mT + 0.01 * torch.eye(SIZE, dtype=torch.float64))
+
+
+PROBLEM = of_components()
+COMPONENTS = [
+    Mixture(torch.ones(1, dtype=torch.float64), mean[None], (axes * values @ axes.T)[None])
+    for mean, axes, values in zip(PROBLEM.means, PROBLEM.axes, PROBLEM.values, strict=True)
+]
+
+
+def model(x, sigma):
+    return PROBLEM.denoise(x.double(), sigma[0].item()).to(x.dtype)
+
+
+def starts(count=16, seed=0, sigma=40.0, dtype=torch.float64):
+    return sigma * torch.randn(count, SIZE, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def calibrated(num_steps=5, of=model, x=None, sigmas=PILOT, **options) -> Plan:
+    return calibrate_plan(of, starts() if x is None else x, num_steps, sigmas, disable=True, **options)
+
+
+def median_error(plan, of=model, x=None, **options):
+    """Of new starts, against 200 steps."""
+    x = starts(64, seed=9) if x is None else x
+    exact = sample_plan(er_sde_plan(karras_sigmas(200, 0.01, 40.0), noise_scaler="ode", order=3), of, x, disable=True)
+    return (sample_plan(plan, of, x, disable=True) - exact).square().mean(1).quantile(0.5).item()
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return calibrated()
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 8])
+def test_new_starts_end_much_nearer_to_where_many_steps_lead(num_steps):
+    plan = calibrated(num_steps)
+    placed = er_sde_plan(place_sigmas(model, starts(), PILOT, num_steps), noise_scaler="ode")
+    assert plan.report.calibrated and plan.report.held_back_after < plan.report.held_back_before
+    assert median_error(plan) < 0.3 * median_error(placed)
+
+
+@pytest.mark.parametrize("noise", [{}, {"noise_scaler": "sde_5"}, {"noise_scaler": "sde", "eta": [1, 0.5, 0, 1, 1]}])
+def test_all_but_the_differences_is_analytic(plan, noise):
+    """w_x, w_noise and the sum of w_d are those of the levels; with noise the differences' weights change by as much as the ODE's."""
+    made = calibrated(**noise)
+    assert torch.equal(made.sigmas, plan.sigmas)
+    analytic = er_sde_plan(made.sigmas, **{"noise_scaler": "ode", **noise})
+    assert torch.equal(made.weights[:, 0], analytic.weights[:, 0]) and torch.equal(made.weights[:, -1], analytic.weights[:, -1])
+    torch.testing.assert_close(made.weights[:, 1:-1].sum(1), analytic.weights[:, 1:-1].sum(1), rtol=1e-13, atol=1e-15)
+    ode = er_sde_plan(made.sigmas, noise_scaler="ode")
+    torch.testing.assert_close(made.weights - analytic.weights, plan.weights - ode.weights, rtol=0, atol=1e-13)
+    assert (made.weights - analytic.weights).abs().max() > 0.01
+
+
+def test_levels_fall_between_the_ends_of_the_pilot(plan):
+    assert plan.sigmas[0] == PILOT[0] and plan.sigmas[-1] == 0 and plan.sigmas[-2] >= PILOT[-2] * (1 - 1e-12)
+    assert (plan.sigmas.diff() < 0).all()
+    without_zero = calibrated(sigmas=PILOT[:-1])
+    assert without_zero.sigmas[-1] == PILOT[-2] and (without_zero.sigmas.diff() < 0).all() and without_zero.report.calibrated
+
+
+def test_the_report_counts_every_evaluation():
+    calls = []
+
+    def counted(x, sigma):
+        calls.append(len(x))
+        return model(x, sigma)
+
+    report = calibrated(of=counted, evaluations=90).report
+    assert report.evaluations == sum(calls) / 16 <= 90 and report.starts == (12, 4)
+    assert report.error_after < report.error_before and abs(report.variance - 1) < 0.1
+    assert calibrated(evaluations=24 + 3 * 5).report.evaluations <= 24 + 3 * 5
+
+
+def test_what_is_worse_on_the_starts_held_back_is_not_returned():
+    """Every fourth start, held back, is of another distribution than those that are fitted."""
+    other = torch.arange(16) % 4 == 3
+
+    def of_two(x, sigma, other):
+        return torch.where(other[:, None], -8 + 0.01 * model(x, sigma).sin(), model(x, sigma))
+
+    plan = calibrated(of=of_two, extra_args={"other": other}, noise_scaler="sde_5", guidance=1.0)
+    placed = place_sigmas(of_two, starts(), PILOT, 5, {"other": other})
+    assert not plan.report.calibrated and plan.report.held_back_after >= plan.report.held_back_before
+    assert torch.equal(plan.table, er_sde_plan(placed, guidance=1.0).table)
+
+
+def scaled(process):
+    """The model of another process, in its own variables."""
+
+    def of(x, sigma):
+        alpha = (1 - sigma**2).sqrt() if process == "vp" else 1 - sigma
+        er_lambda = sigma[0] / alpha[0]
+        return model(x / alpha[0], er_lambda[None])
+
+    return of
+
+
+@pytest.mark.parametrize("process", ["vp", "flow"])
+def test_every_process_of_one_model_has_the_same_plan(process, plan):
+    """In er_lambda, but for float32's rounding of the sigmas that the model sees."""
+    levels = er_sde_plan(PILOT).er_lambdas
+    alphas = torch.rsqrt(1 + levels**2) if process == "vp" else 1 / (1 + levels)
+    made = calibrated(of=scaled(process), x=starts() * alphas[0], sigmas=levels * alphas, process=process)
+    torch.testing.assert_close(made.er_lambdas, plan.er_lambdas, rtol=0.05, atol=0)
+    assert made.report.held_back_after < 0.1 * made.report.held_back_before
+
+
+@pytest.mark.parametrize(("process", "prediction_type"), [("flow", "flow"), ("vp", "v"), ("flow", None)])
+def test_runs_that_start_at_sigma_1(process, prediction_type):
+    """Where alpha is 0 the prediction is the mean, and er_lambda infinite."""
+
+    def of(x, sigma):
+        s = sigma[0].double().item()
+        alpha = 1 - s if process == "flow" else math.sqrt(1 - s * s)
+        x = x.double()
+        denoised = PROBLEM.mean.expand_as(x) if alpha == 0 else PROBLEM.denoise(x / alpha, s / alpha)
+        if prediction_type is None:
+            return denoised
+        return (x - denoised) / s if process == "flow" else (alpha * x - denoised) / s
+
+    sigmas = flow_sigmas(30, 2.0)
+    plan = calibrated(of=of, x=starts(sigma=1.0), sigmas=sigmas, process=process, prediction_type=prediction_type)
+    assert plan.sigmas[0] == 1 and plan.report.calibrated
+    assert plan.report.held_back_after < 0.3 * plan.report.held_back_before
+
+
+def test_what_the_model_returns_changes_nothing(plan):
+    """Epsilon, a guided pair, batches, and further arguments cut with the samples: the same plan, but for rounding."""
+    numbers = torch.arange(16)
+
+    def epsilon(x, sigma):
+        return (x - model(x, sigma)) / sigma[:, None].double()
+
+    def guided(x, sigma):
+        return model(x, sigma), model(x, sigma)
+
+    def told(x, sigma, number, deep, scale):
+        assert torch.equal(deep["in"][0], number[:, None]) and scale.shape == (3,)
+        assert sigma[0] < 40 or torch.equal(x, starts()[number])
+        return model(x, sigma)
+
+    told_of = {"number": numbers, "deep": {"in": [numbers[:, None]]}, "scale": torch.ones(3)}
+    for made in (
+        calibrated(of=epsilon, prediction_type="epsilon"),
+        calibrated(of=guided, guidance_scale=3.0, guidance=2.5),
+        calibrated(batch_size=5),
+        calibrated(of=told, extra_args=told_of),
+    ):
+        torch.testing.assert_close(made.weights, plan.weights, rtol=0, atol=1e-3)
+        torch.testing.assert_close(made.sigmas, plan.sigmas, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("scale", [2.0, 5.0])
+def test_under_guidance(scale):
+    labels = one_hot(torch.arange(32) % 4, 4).double()
+
+    def both(x, sigma, labels):
+        of_each = torch.stack([component.denoise(x, sigma[0].item()) for component in COMPONENTS])
+        return torch.einsum("nk,knd->nd", labels, of_each), model(x, sigma)
+
+    plan = calibrated(6, of=both, x=starts(32), extra_args={"labels": labels}, guidance_scale=scale)
+    assert plan.report.calibrated and plan.report.held_back_after < 0.5 * plan.report.held_back_before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision(dtype):
+    plan = calibrated(of=lambda x, sigma: model(x.to(dtype), sigma), x=starts(dtype=torch.float32))
+    assert plan.report.calibrated and median_error(plan) < 0.5 * plan.report.held_back_before
+
+
+def test_a_plan_like_any_other(plan, tmp_path):
+    """It is saved with its report, runs in SamplingGraph, and cannot begin in the middle, where its older predictions are not."""
+    path = tmp_path / "plan.safetensors"
+    plan.save(path)
+    again = Plan.load(path)
+    assert torch.equal(again.table, plan.table) and again.report == plan.report
+    x = starts(3)
+    graph = SamplingGraph(model, plan, x.shape, torch.float64, "cpu")
+    torch.testing.assert_close(graph(x), sample_plan(plan, model, x, disable=True), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="i must be a step from which on no older prediction is read"):
+        plan.starting_at(1)
+
+
+def test_the_generator_and_the_starts_are_left_alone():
+    x, state = starts(), torch.get_rng_state()
+    calibrated(x=x, evaluations=60)
+    assert torch.equal(x, starts()) and torch.equal(state, torch.get_rng_state())
+
+
+def test_the_paths_interpolation_and_its_errors():
+    """Of one Gaussian the path is known: y goes as the root of var + l^2. The analytic plan is at the parameters 0."""
+    variance = 0.25
+    levels = PILOT[:-1]
+    z = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = z * (variance + levels**2).sqrt()[:, None, None]
+    denoised = y * (variance / (variance + levels**2))[:, None, None]
+    path = Path(levels, y, denoised, z * math.sqrt(variance))
+    for level in (30.0, 1.3, 0.2, 0.011):
+        at, prediction = path.at(level)
+        torch.testing.assert_close(at, z * math.sqrt(variance + level**2), rtol=2e-3, atol=0)
+        torch.testing.assert_close(prediction, at * variance / (variance + level**2), rtol=2e-2, atol=0)
+    family = Family(er_sde_plan(karras_sigmas(5, 0.01, 40.0)).sigmas, 40.0, "ve", {})
+    nothing = torch.zeros(family.size, dtype=torch.float64)
+    analytic = er_sde_plan(karras_sigmas(5, 0.01, 40.0), noise_scaler="ode")
+    torch.testing.assert_close(family.plan(nothing).weights, analytic.weights, rtol=1e-12, atol=1e-12)
+    errors, fitted = along(path, family, nothing, y[0])
+    assert len(errors) == 5 and fitted.shape == nothing.shape
+    assert family.within(nothing + 1).shape == nothing.shape
+    assert family.levels(family.within(nothing + 1))[-2] >= 0.01 * (1 - 1e-12)
+
+
+def test_sample_er_sde_takes_it(plan):
+    expected = sample_plan(plan, model, starts(3), disable=True)
+    assert torch.equal(sample_er_sde(model, starts(3), plan=plan, disable=True), expected)
+
+
+BAD = {
+    "x must be a float tensor": {"x": torch.zeros(3, SIZE)},
+    "num_steps must be a whole number": {"num_steps": 1},
+    "sigmas must have more steps than the 24": {"num_steps": 24},
+    "sigmas must hold at least 4": {"sigmas": [4.0, 2.0, 0.0]},
+    "evaluations must be at least 39": {"evaluations": 38},
+    "batch_size must be None or": {"batch_size": 0},
+    "prediction_type must be None or": {"prediction_type": "noise"},
+    "noise_scaler": {"noise_scaler": "sde_9"},
+    "eta": {"eta": [1, 1]},
+    "guidance_scale": {"guidance_scale": -1.0},
+    "sigma_data": {"sigma_data": 0.0},
+    "model must return tensors of the shape of x": {"of": lambda x, sigma: x[:1]},
+    "model must return finite predictions": {"of": lambda x, sigma: x * math.nan},
+    "model must depend on sigma or x": {"of": lambda x, sigma: torch.zeros_like(x)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_is_refused(message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        calibrated(**BAD[message])
+
+
+def test_a_pair_is_wanted_for_guidance():
+    with pytest.raises(TypeError, match="model must return a pair for guidance_scale"):
+        calibrated(guidance_scale=2.0)
+
+
+def test_epsilon_says_nothing_at_alpha_0():
+    with pytest.raises(ValueError, match=r"sigmas must start below 1: prediction_type \"epsilon\""):
+        calibrated(sigmas=flow_sigmas(20), process="flow", prediction_type="epsilon", x=starts(sigma=1.0))
