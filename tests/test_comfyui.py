@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_reference import denoise, golden_cases, scaler_of, tolerance
 
-from ersde_fast import sample_er_sde
+from ersde_fast import er_sde_plan, sample_er_sde
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKOUT = os.environ.get("COMFYUI_CHECKOUT")
@@ -46,12 +46,19 @@ def with_post_cfg(options, function, disable_cfg1_optimization=False):
 
 
 @pytest.fixture
-def comfyui(monkeypatch):
+def comfyui(monkeypatch, tmp_path):
     """The node package beside stand-ins for the parts of ComfyUI that it touches."""
+    folders = {}
     names = {"comfy": {}, "comfy.k_diffusion": {}, "comfy.k_diffusion.sampling": {}}
     names["comfy.model_patcher"] = {"set_model_options_post_cfg_function": with_post_cfg}
     names["comfy.model_sampling"] = {"CONST": type("CONST", (), {})}
     names["comfy.samplers"] = {"KSAMPLER_NAMES": ["er_sde"], "SAMPLER_NAMES": ["er_sde"], "KSAMPLER": lambda f, o: (f, o)}
+    names["folder_paths"] = {
+        "folder_names_and_paths": folders,
+        "models_dir": str(tmp_path),
+        "get_filename_list": lambda name: sorted(os.listdir(folders[name][0][0])),
+        "get_full_path_or_raise": lambda name, file: os.path.join(folders[name][0][0], file),
+    }
     for name, members in names.items():
         module = types.ModuleType(name)
         module.__dict__.update(members)
@@ -230,3 +237,69 @@ def test_cfg_pp_without_a_negative_condition_is_refused(comfyui):
 def test_the_guider_tells_its_guidance(comfyui, guider, guidance):
     """Not 1, which networks are sampled at that have guidance distilled into them."""
     assert comfyui.guidance_of(types.SimpleNamespace(**guider)) == guidance
+
+
+def plan_node(comfyui, plan, noise=None):
+    """What the node of plans gives for a plan in its folder."""
+    folder = Path(comfyui.folder_paths.models_dir, "ersde_plans")
+    folder.mkdir(exist_ok=True)
+    plan.save(folder / "five.safetensors")
+    node = comfyui.NODE_CLASS_MAPPINGS["SamplerERSDEPlan"]
+    assert node.INPUT_TYPES()["required"]["plan"][0] == ["five.safetensors"]
+    (function, options), sigmas = node().get_sampler("five.safetensors", noise or comfyui.TORCH)
+    return lambda model, x, sigmas=sigmas, **given: function(
+        model, x, sigmas, {"seed": 5}, None, True, **options, **given
+    ), sigmas
+
+
+LEVELS = torch.tensor([14.0, 5.0, 2.0, 0.7, 0.1, 0.0], dtype=torch.float64)
+
+
+def model_of(kinds=(), **members):
+    """A denoiser of samples of which only x / alpha is told, as ComfyUI's models."""
+    schedule = type("ModelSampling", kinds, members)()
+    patcher = types.SimpleNamespace(get_model_object=lambda name: schedule)
+
+    class Model:
+        inner_model = types.SimpleNamespace(model_patcher=patcher)
+
+        def __call__(self, x, sigma, seed):
+            sigma = sigma[0].double()
+            alpha = 1 - sigma if kinds else 1.0
+            return x / alpha * 0.25 / (0.25 + (sigma / alpha) ** 2)
+
+    return Model()
+
+
+@pytest.mark.parametrize("process", ["ve", "vp", "flow"])
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_plan_from_a_file(comfyui, process, portable):
+    """The run is that of `sample_er_sde` on the same levels, in ComfyUI's variables."""
+    sigmas = {"ve": LEVELS, "vp": LEVELS / (1 + LEVELS**2).sqrt(), "flow": LEVELS / (1 + LEVELS)}[process]
+    kinds = (comfyui.comfy.model_sampling.CONST,) if process == "flow" else ()
+    run, shown = plan_node(comfyui, er_sde_plan(sigmas, process=process), comfyui.PORTABLE if portable else None)
+    x, own = torch.ones(2, 4, dtype=torch.float64), sigmas if process == "flow" else LEVELS
+    torch.testing.assert_close(shown, own.float())
+    source = {"seed": [(5, 0), (5, 1)]} if portable else {"generator": torch.Generator().manual_seed(6)}
+    model, process = model_of(kinds), "flow" if process == "flow" else "ve"
+    expected = sample_er_sde(model, x, own, {"seed": 5}, process=process, disable=True, **source)
+    torch.testing.assert_close(run(model, x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_plan_takes_the_models_scale_of_noise(comfyui):
+    run, _ = plan_node(comfyui, er_sde_plan(LEVELS))
+    source = {"generator": torch.Generator().manual_seed(6)}
+    x, model = torch.ones(2, 4), model_of(noise_scale=0.5)
+    expected = sample_er_sde(model, x, LEVELS, {"seed": 5}, s_noise=0.5, disable=True, **source)
+    torch.testing.assert_close(run(model, x), expected)
+
+
+def test_plans_that_are_not_the_models(comfyui):
+    run, sigmas = plan_node(comfyui, er_sde_plan(LEVELS))
+    with pytest.raises(ValueError, match="plan must be of a flow, as the model is"):
+        run(model_of((comfyui.comfy.model_sampling.CONST,)), torch.ones(1, 4))
+    for others in (sigmas[1:], sigmas * 1.01):
+        with pytest.raises(ValueError, match="sigmas must be the plan's, the second output of its node"):
+            run(model_of(), torch.ones(1, 4), others)
+    with pytest.raises(ValueError, match="starts at alpha 0, which only models of flows do"):
+        plan_node(comfyui, er_sde_plan([1.0, 0.5, 0.0], process="vp"))

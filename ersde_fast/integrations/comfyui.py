@@ -5,6 +5,7 @@ ComfyUI loads it from a folder in custom_nodes that holds `from ersde_fast.integ
 """
 
 import math
+import os
 from numbers import Real
 
 import torch
@@ -14,6 +15,7 @@ try:
     import comfy.model_patcher
     import comfy.model_sampling
     import comfy.samplers
+    import folder_paths
     from comfy.k_diffusion import sampling as k_diffusion_sampling
 except ImportError as error:
     raise ImportError(
@@ -22,6 +24,8 @@ except ImportError as error:
     ) from error
 
 from ersde_fast.choice import NODE_SCALE, ORDER
+from ersde_fast.integrations.kept_plans import on_levels
+from ersde_fast.plan import Plan
 from ersde_fast.sample import sample_er_sde
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
@@ -38,6 +42,7 @@ WINDOW = {
     "tooltip": "noise is added between these shares of the model's times, as SamplerSASolver's sde_start_percent and sde_end_percent",
 }
 SEARCHED = 256  # images of a batch whose numbers are found
+PLANS = "ersde_plans"  # the folder of plans in ComfyUI's folder of models
 
 
 @torch.no_grad()
@@ -95,16 +100,7 @@ def sample_er_sde_fast(
     if (noise_start, noise_end) != (0, 1):
         first, last = map(model_sampling.percent_to_sigma, (noise_start, noise_end))
         eta = [eta if last <= sigma <= first else 0.0 for sigma in sigmas[1:].tolist()]
-    source, seed = {}, (extra_args or {}).get("seed")
-    if portable:
-        if seed is None or noise_sampler is not None:
-            raise ValueError(f"portable noise needs the run's seed and no noise_sampler, got seed {seed} and {noise_sampler}")
-        source = {"seed": [(seed, number) for number in image_numbers(getattr(model, "noise", None), seed, len(x))]}
-    elif noise_sampler is not None:
-        source = {"noise_sampler": noise_sampler}
-    elif seed is not None:
-        seed += x.device.type == "cpu"  # ComfyUI's latents come from the CPU's generator at the seed itself
-        source = {"generator": torch.Generator(x.device).manual_seed(seed % 2**64)}
+    source = noise_source(model, x, extra_args, noise_sampler, portable)
     called = (model, extra_args)
     if cfg_pp:
         source["cfg_pp"] = 1.0  # the model's prediction is guided already
@@ -116,6 +112,58 @@ def sample_er_sde_fast(
         integration_points=200 if compatible else None, eta=eta, guidance=None if named else guidance_of(model.inner_model),
         **source,
     )  # fmt: skip
+
+
+def noise_source(model, x: Tensor, extra_args: dict | None, noise_sampler, portable: bool) -> dict:
+    """The argument of `sample_er_sde` that names the noise of a run of ComfyUI."""
+    seed = (extra_args or {}).get("seed")
+    if portable:
+        if seed is None or noise_sampler is not None:
+            raise ValueError(f"portable noise needs the run's seed and no noise_sampler, got seed {seed} and {noise_sampler}")
+        return {"seed": [(seed, number) for number in image_numbers(getattr(model, "noise", None), seed, len(x))]}
+    if noise_sampler is not None:
+        return {"noise_sampler": noise_sampler}
+    if seed is None:
+        return {}
+    seed += x.device.type == "cpu"  # ComfyUI's latents come from the CPU's generator at the seed itself
+    return {"generator": torch.Generator(x.device).manual_seed(seed % 2**64)}
+
+
+@torch.no_grad()
+def sample_plan_fast(
+    model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None, disable=None, *, plan: Plan, portable=False
+) -> Tensor:
+    """A plan as a ComfyUI sampler, on the plan's own sigmas.
+
+    Args:
+        model, x, sigmas, extra_args, callback, disable: ComfyUI's.
+        plan: of a flow for models of flows, else of any other process.
+        portable: as for `sample_er_sde_fast`.
+    """
+    model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
+    flow = isinstance(model_sampling, comfy.model_sampling.CONST)
+    if flow != (plan.process == "flow"):
+        raise ValueError(
+            f"plan must be {'of a flow, as the model is' if flow else 'of no flow, as the model is none'}, got one of process {plan.process}"
+        )
+    levels = sigmas_of(plan)
+    if len(sigmas) != len(levels) or not torch.allclose(sigmas.double().cpu(), levels, rtol=1e-5, atol=0):
+        raise ValueError(
+            f"sigmas must be the plan's, the second output of its node, got {[round(s, 4) for s in sigmas.tolist()]} for "
+            f"{[round(s, 4) for s in levels.tolist()]}: a plan is made for all of its steps"
+        )
+    run = on_levels(plan, 1 - levels if flow else torch.ones_like(levels), levels)
+    if (scale := getattr(model_sampling, "noise_scale", 1.0)) != 1:
+        weights = run.weights
+        weights[:, -1] *= scale
+        run = Plan.from_weights(weights, run.sigmas, run.alphas)
+    source = noise_source(model, x, extra_args, None, portable)
+    return sample_er_sde(model, x, None, extra_args, callback, disable, plan=run, **source)
+
+
+def sigmas_of(plan: Plan) -> Tensor:
+    """A plan's levels as ComfyUI's sigmas, float64: of a flow sigma, else sigma / alpha."""
+    return plan.sigmas if plan.process == "flow" else plan.er_lambdas
 
 
 def with_unconditional(model, extra_args: dict):
@@ -269,8 +317,39 @@ class SamplerERSDEFast:
         return (comfy.samplers.KSAMPLER(sample_er_sde_fast, options),)
 
 
+class SamplerERSDEPlan:
+    """The node of plans that are kept, such as calibrated ones: a SAMPLER, and the SIGMAS that it wants."""
+
+    CATEGORY = "sampling/custom_sampling/samplers"
+    FUNCTION = "get_sampler"
+    RETURN_TYPES = ("SAMPLER", "SIGMAS")
+    DESCRIPTION = f"A plan of ersde-fast from models/{PLANS}, such as one calibrated to the model: its sampler, and the sigmas to use it with."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "plan": (folder_paths.get_filename_list(PLANS), {"tooltip": f"a file of Plan.save in models/{PLANS}"}),
+                "noise": ([TORCH, PORTABLE],),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, plan, noise):
+        return os.path.getmtime(folder_paths.get_full_path_or_raise(PLANS, plan))
+
+    def get_sampler(self, plan, noise):
+        kept = Plan.load(folder_paths.get_full_path_or_raise(PLANS, plan))
+        if not sigmas_of(kept).isfinite().all():
+            raise ValueError(f"plan {plan} starts at alpha 0, which only models of flows do, and is of process {kept.process}")
+        sampler = comfy.samplers.KSAMPLER(sample_plan_fast, {"plan": kept, "portable": noise == PORTABLE})
+        return (sampler, sigmas_of(kept).float())
+
+
 def register() -> None:
-    """Puts the samplers into ComfyUI's lists, once."""
+    """Puts the samplers into ComfyUI's lists and the folder of plans beside those of models, once."""
+    if PLANS not in folder_paths.folder_names_and_paths:
+        folder_paths.folder_names_and_paths[PLANS] = ([os.path.join(folder_paths.models_dir, PLANS)], {".safetensors"})
     for name, function in ((NAME, sample_er_sde_fast), (f"{NAME}_cfg_pp", sample_er_sde_fast_cfg_pp)):
         setattr(k_diffusion_sampling, f"sample_{name}", function)
         for names in (comfy.samplers.KSAMPLER_NAMES, comfy.samplers.SAMPLER_NAMES):
@@ -278,6 +357,6 @@ def register() -> None:
                 names.append(name)
 
 
-NODE_CLASS_MAPPINGS = {"SamplerERSDEFast": SamplerERSDEFast}
-NODE_DISPLAY_NAME_MAPPINGS = {"SamplerERSDEFast": "SamplerER_SDE (fast)"}
+NODE_CLASS_MAPPINGS = {"SamplerERSDEFast": SamplerERSDEFast, "SamplerERSDEPlan": SamplerERSDEPlan}
+NODE_DISPLAY_NAME_MAPPINGS = {"SamplerERSDEFast": "SamplerER_SDE (fast)", "SamplerERSDEPlan": "SamplerER_SDE (plan from file)"}
 register()

@@ -1,6 +1,7 @@
 """`ERSDEScheduler`: ER-SDE (arXiv 2309.06169) as a scheduler of Hugging Face diffusers, one fused kernel a step."""
 
 import inspect
+import os
 from dataclasses import dataclass
 from numbers import Integral, Number
 
@@ -21,9 +22,10 @@ from ..reference import linear_combination, prediction
 from ..request import ModelOutput, OutputArguments, checked
 from ..sample import with_newest
 from ..step import fast_step
-from .diffusers_arguments import ROUNDINGS, Drawn, clipped, for_batch, is_whole, numbers, place_in, without_numpy
+from .diffusers_arguments import ROUNDINGS, Drawn, checked_run, clipped, for_batch, is_whole, numbers, place_in, without_numpy
 from .diffusers_configs import (
     check_that_they_are_read,
+    check_values,
     levels_class,
     no_scheduler,
     plan_options,
@@ -32,16 +34,9 @@ from .diffusers_configs import (
     unknown_keys,
     without_rivals,
 )
-from .diffusers_levels import PREDICTION_TYPES, BetaLevels, EDMLevels, FlowLevels, is_spaced, training_alphas_cumprod
-
-CHOICES = {  # of keys
-    "prediction_type": tuple(PREDICTION_TYPES),
-    "timestep_spacing": ("linspace", "leading", "trailing"),
-    "timestep_type": ("discrete", "continuous"),
-    "final_sigmas_type": ("zero", "sigma_min"),
-    "time_shift_type": ("exponential", "linear"),
-    "sigma_schedule": ("karras", "exponential"),
-}
+from .diffusers_levels import BetaLevels, EDMLevels, FlowLevels, is_spaced, training_alphas_cumprod
+from .diffusers_plans import KEYS, as_config, check_run, kept_plan, place
+from .kept_plans import on_levels
 
 
 @dataclass
@@ -101,6 +96,9 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             diffusers' FlowMatchEulerDiscreteScheduler; so are time_shift_type, shift_terminal, invert_sigmas.
         use_flow_sigmas, flow_shift: a flow in the configs of DPM-Solver and UniPC (Wan), with their levels.
         sigma_data, sigma_schedule, rho: a network inside EDM's preconditioning, as in diffusers' EDMEulerScheduler.
+        plan_file: a file of `Plan.save`, such as that of a calibrated plan, whose levels and weights are the runs', of as many steps;
+            nothing that a plan says may be set beside it. It is read once, and kept in the config.
+        plan: what was read, as `from_plan` puts it there: it is saved with the pipeline.
         levels_of: the class of diffusers whose levels are made. None is DPMSolverMultistepScheduler, or for a flow
             FlowMatchEulerDiscreteScheduler; `from_config` sets it.
 
@@ -169,15 +167,20 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: float | None = None,
         sigma_schedule: str = "karras",
         rho: float = 7.0,
+        plan_file: str | None = None,
+        plan: dict | None = None,
         levels_of: str | None = None,
     ):
+        if plan is None and plan_file is not None:
+            self.register_to_config(plan_file=os.fspath(plan_file), plan=as_config(plan_file))
         plain = {key: without_numpy(value) for key, value in self.config.items()}
         self.register_to_config(**{key: value for key, value in plain.items() if value is not self.config[key]})
         self._made_levels = self._read_config()
         if levels_of is None:
             check_that_they_are_read(self._not_default(self.config), self.config)
         levels = torch.linspace(0.5, 0.25, np.size(self.config.eta) + 1, dtype=torch.float64, device="cpu")
-        self._plan_of(levels)  # says what is wrong with the plan's keys
+        if self._kept_plan is None:
+            self._plan_of(levels)  # says what is wrong with the plan's keys
         self.num_inference_steps = None
         self._drawn = Drawn()
         self._set_schedule(*self._levels_of.training(), None)
@@ -216,28 +219,36 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         own_keys = cls._get_init_keys(cls) - {"self"}
         unknown = unknown_keys(kwargs, own_keys, allowed=return_unused_kwargs)
         others = {key: kwargs.pop(key) for key in list(kwargs) if key not in own_keys and key not in unknown}
+        if kwargs.keys() & set(KEYS):
+            kwargs = dict.fromkeys(KEYS) | kwargs
         taken = without_rivals(translated(config, own_keys, kwargs.get("levels_of"), others), kwargs)
         made = super().from_config(taken, return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
         check_that_they_are_read(cls._not_default(kwargs), scheduler.config)
         return made
 
+    @classmethod
+    def from_plan(cls, plan: Plan | str | os.PathLike, config=None, **kwargs):
+        """A scheduler that runs a plan, such as one of `calibrate_plan`, in as many steps, at the plan's levels.
+
+        Args:
+            plan: of any process, or the path of its file.
+            config, kwargs: of the pipeline's scheduler, for the model's process, times and outputs, as in `from_config`.
+
+        Raises:
+            ValueError: also for a key that the plan says, and a plan whose levels the model is not trained at.
+        """
+        keys = {"plan": as_config(plan), "plan_file": None if isinstance(plan, Plan) else os.fspath(plan)}
+        return cls.from_config({} if config is None else config, **kwargs, **keys)
+
     def _read_config(self):
         """What makes the levels of the config, which is checked, and the attributes of its training schedule."""
         config = self.config
-        for key, known in CHOICES.items():
-            if config[key] not in known:
-                raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
-        exponential = config.use_exponential_sigmas or config.use_lu_lambdas
-        if sum(map(bool, (config.use_karras_sigmas, exponential, config.use_beta_sigmas))) > 1:
-            raise ValueError("only one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas can be True")
-        if not isinstance(config.noise_scaler, str):
-            raise ValueError(f"noise_scaler must be a name in a config, which is saved as JSON, got {config.noise_scaler!r}")
-        if not 0 <= config.dynamic_thresholding_ratio <= 1:
-            raise ValueError(f"dynamic_thresholding_ratio must be from 0 to 1, got {config.dynamic_thresholding_ratio!r}")
-        if not (isinstance(config.num_train_timesteps, int) and config.num_train_timesteps > 0):
-            raise ValueError(f"num_train_timesteps must be a whole number above 0, got {config.num_train_timesteps!r}")
+        check_values(config)
+        self._kept_plan = kept_plan(config, self._not_given())
         levels = levels_class(config)(config)
+        if self._kept_plan is not None:
+            place(self._kept_plan, levels)  # says what is wrong with it
         self.alphas_cumprod = training_alphas_cumprod(config)
         self.alphas = torch.cat([self.alphas_cumprod[:1], self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]])
         self.betas = 1.0 - self.alphas
@@ -275,6 +286,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             last = float("inf") if self.num_inference_steps is None else self.num_inference_steps
             if not isinstance(begin_index, Integral) or not 0 <= begin_index <= last:
                 raise ValueError(f"begin_index must be a whole number from 0 to {last}, got {begin_index!r}")
+            if begin_index and self._kept_plan is not None:
+                raise ValueError(f"begin_index must be 0 with a plan, whose steps read earlier ones, got {begin_index}")
         self._begin_index = begin_index
 
     def __len__(self) -> int:
@@ -303,35 +316,24 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             ValueError: with neither of the count and the lists or with the count and timesteps, with timesteps where the config
                 spaces the levels, without `mu` under dynamic shifting, and for levels that no plan can follow.
         """
-        spaced = is_spaced(self.config)
-        if num_inference_steps is not None and timesteps is not None:
-            raise ValueError("pass num_inference_steps or timesteps, not both")
-        if num_inference_steps is None and timesteps is None and sigmas is None:
-            raise ValueError("pass num_inference_steps, timesteps or sigmas")
-        if spaced and (timesteps is not None or (sigmas is not None and isinstance(self._levels_of, BetaLevels))):
-            raise ValueError(
-                "timesteps and sigmas need a config without Karras, exponential and beta spacing, which place them"
-            )
-        if num_inference_steps is not None and not (is_whole(num_inference_steps) and num_inference_steps >= 1):
-            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps!r}")
-        ends_at_zero = False
-        if sigmas is not None:
-            sigmas = numbers("sigmas", sigmas).astype(np.float64)
-            if ends_at_zero := len(sigmas) > 1 and sigmas[-1] == 0:
-                sigmas = sigmas[:-1]
-            if num_inference_steps is not None and len(sigmas) != num_inference_steps:
-                raise ValueError(f"sigmas must hold {num_inference_steps} levels before the last 0, got {len(sigmas)}")
-        if timesteps is not None:
-            timesteps = numbers("timesteps", timesteps)
-            if sigmas is not None and len(sigmas) != len(timesteps):
-                raise ValueError(f"sigmas and timesteps must have one length, got {len(sigmas)} and {len(timesteps)}")
+        if self._kept_plan is not None:
+            check_run(self._kept_plan, num_inference_steps, sigmas, timesteps)
+            levels, given = place(self._kept_plan, self._levels_of)
+            return self._begin(levels, given, device)
+        refuses = {"timesteps": is_spaced(self.config)}
+        refuses["sigmas"] = refuses["timesteps"] and isinstance(self._levels_of, BetaLevels)
+        sigmas, timesteps, ends_at_zero = checked_run(num_inference_steps, sigmas, timesteps, refuses)
         levels, given = self._levels_of.place(num_inference_steps, sigmas, timesteps, mu)
         if ends_at_zero:
             levels[-1] = 0.0
+        self._begin(levels, given, device)
+
+    def _begin(self, levels: np.ndarray, timesteps: np.ndarray, device) -> None:
+        """Plans the run of these levels and times."""
         plan = self._plan_of(torch.from_numpy(levels))
-        self._set_schedule(levels, given, device)
+        self._set_schedule(levels, timesteps, device)
         self._take_plan(plan)
-        self.num_inference_steps = len(given)
+        self.num_inference_steps = len(timesteps)
 
     def _set_schedule(self, levels: np.ndarray, timesteps: np.ndarray, device) -> None:
         """Takes levels [num_steps + 1] and timesteps [num_steps], and forgets the run before."""
@@ -351,6 +353,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _plan_of(self, levels: Tensor) -> Plan:
         alphas, sigmas = self._alphas_sigmas(levels)
+        if self._kept_plan is not None:
+            return on_levels(self._kept_plan, alphas, sigmas)
         return er_sde_plan(sigmas, alphas, **plan_options(self.config, len(levels) - 1))
 
     def _take_plan(self, plan: Plan) -> None:

@@ -91,3 +91,33 @@ def quantile(values: Tensor, q: float) -> Tensor:
     below = values.kthvalue(low + 1, dim=1).values
     above = values.kthvalue(min(low + 2, values.shape[1]), dim=1).values
     return torch.lerp(below, above, position - low)
+
+
+def checked_run(
+    num_inference_steps, sigmas, timesteps, refuses: dict[str, bool]
+) -> tuple[np.ndarray | None, np.ndarray | None, bool]:
+    """The sigmas and timesteps of set_timesteps as arrays, less a 0 at the end of sigmas; and whether that was there.
+
+    Args:
+        refuses: whether the config places the levels, so that it takes no timesteps, and no sigmas.
+    """
+    if num_inference_steps is not None and timesteps is not None:
+        raise ValueError("pass num_inference_steps or timesteps, not both")
+    if num_inference_steps is None and timesteps is None and sigmas is None:
+        raise ValueError("pass num_inference_steps, timesteps or sigmas")
+    if (timesteps is not None and refuses["timesteps"]) or (sigmas is not None and refuses["sigmas"]):
+        raise ValueError("timesteps and sigmas need a config without Karras, exponential and beta spacing, which place them")
+    if num_inference_steps is not None and not (is_whole(num_inference_steps) and num_inference_steps >= 1):
+        raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_inference_steps!r}")
+    ends_at_zero = False
+    if sigmas is not None:
+        sigmas = numbers("sigmas", sigmas).astype(np.float64)
+        if ends_at_zero := bool(len(sigmas) > 1 and sigmas[-1] == 0):
+            sigmas = sigmas[:-1]
+        if num_inference_steps is not None and len(sigmas) != num_inference_steps:
+            raise ValueError(f"sigmas must hold {num_inference_steps} levels before the last 0, got {len(sigmas)}")
+    if timesteps is not None:
+        timesteps = numbers("timesteps", timesteps)
+        if sigmas is not None and len(sigmas) != len(timesteps):
+            raise ValueError(f"sigmas and timesteps must have one length, got {len(sigmas)} and {len(timesteps)}")
+    return sigmas, timesteps, ends_at_zero

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from ..choice import ORDER
 from .diffusers_levels import (
+    PREDICTION_TYPES,
     BetaLevels,
     CosineLevels,
     DPMFlowLevels,
@@ -19,6 +20,7 @@ from .diffusers_levels import (
     UniPCFlowLevels,
     is_spaced,
 )
+from .diffusers_plans import KEYS, SAID_BY_A_PLAN
 
 # Each class whose levels are known, to what makes them: without and with use_flow_sigmas. Where a config does not name its class,
 # the first whose keys it holds is taken.
@@ -82,14 +84,50 @@ REFUSED = {
     "RFD4ProteinaScheduler": "rescales the score as it samples",
 }
 
+CHOICES = {  # of keys
+    "prediction_type": tuple(PREDICTION_TYPES),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "timestep_type": ("discrete", "continuous"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "time_shift_type": ("exponential", "linear"),
+    "sigma_schedule": ("karras", "exponential"),
+}
+
 # Keys that the others do not have.
-OWN = ("noise_scaler", "method", "node_scale", "integration_points", "s_noise", "eta", "eta_window", "guidance_scale", "seed")
+OWN = (
+    "noise_scaler",
+    "method",
+    "node_scale",
+    "integration_points",
+    "s_noise",
+    "eta",
+    "eta_window",
+    "guidance_scale",
+    "seed",
+    *KEYS,
+)
 CHOSEN = ("solver_order", "method", "node_scale", "integration_points", "lower_order_final")  # by guidance_scale, or named
 OF_SOLVERS = ("solver_order", "lower_order_final", "s_noise", "eta")  # read where they are not their class's default
 WRITTEN_LATER = ("sigma_min", "sigma_max", "sigma_data", "final_sigmas_type")  # by Cosmos Predict2's pipeline, into any config
 ANOTHER_NAME = {"noise_sampler_seed": "seed"}
 SHIFTS = {"shift": "flow_shift", "flow_shift": "shift"}  # each the other's name, in other classes
 OF_LEVELS = set().union(*(levels.reads for pair in LEVELS_OF.values() for levels in pair))
+
+
+def check_values(config) -> None:
+    """Raises for a value of a config of ERSDEScheduler that is none of its key."""
+    for key, known in CHOICES.items():
+        if config[key] not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
+    exponential = config.use_exponential_sigmas or config.use_lu_lambdas
+    if sum(map(bool, (config.use_karras_sigmas, exponential, config.use_beta_sigmas))) > 1:
+        raise ValueError("only one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas can be True")
+    if not isinstance(config.noise_scaler, str):
+        raise ValueError(f"noise_scaler must be a name in a config, which is saved as JSON, got {config.noise_scaler!r}")
+    if not 0 <= config.dynamic_thresholding_ratio <= 1:
+        raise ValueError(f"dynamic_thresholding_ratio must be from 0 to 1, got {config.dynamic_thresholding_ratio!r}")
+    if not (isinstance(config.num_train_timesteps, int) and config.num_train_timesteps > 0):
+        raise ValueError(f"num_train_timesteps must be a whole number above 0, got {config.num_train_timesteps!r}")
 
 
 def levels_class(config) -> type:
@@ -171,7 +209,9 @@ def translated(config: dict, own_keys: set[str], levels_of: str | None, others: 
 
 
 def without_rivals(config: dict, keys: dict) -> dict:
-    """A config less what says otherwise than keys that go before it: guidance_scale chooses what others name."""
+    """A config less what says otherwise than keys that go before it: guidance_scale chooses what others name, a plan says all."""
+    if any(keys.get(key) is not None for key in KEYS):
+        return {key: value for key, value in config.items() if key not in SAID_BY_A_PLAN}
     if keys.get("guidance_scale") is not None:
         return {key: value for key, value in config.items() if key not in CHOSEN}
     named = any(keys.get(key) for key in CHOSEN)

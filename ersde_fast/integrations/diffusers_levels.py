@@ -5,6 +5,7 @@ A kind answers what a scheduler asks of its schedule:
     reads                               the keys of a config that its levels are made from
     place(n, sigmas, timesteps, mu)     the levels of a run [n + 1] and the times that the model is given [n]
     at(timesteps)                       the levels of any times that a model may be trained with
+    times(levels)                       the times of any levels
     alphas_sigmas(levels)               the signal and the noise level of a sample at these levels
     output(levels, i)                   what a model's output at step i is: a prediction type of fast_step, or the two numbers of
                                         `denoised = p_x x + p_m output`
@@ -54,7 +55,7 @@ class BetaLevels:
 
     def training(self) -> tuple[np.ndarray, np.ndarray]:
         levels = self.er_lambdas[::-1]
-        return np.append(levels, 0.0), self._times(levels) if self.continuous else np.arange(len(levels) - 1, -1, -1)
+        return np.append(levels, 0.0), self.times(levels) if self.continuous else np.arange(len(levels) - 1, -1, -1)
 
     def place(self, n, sigmas, timesteps, mu):
         config, er_lambdas = self.config, self.er_lambdas
@@ -69,11 +70,11 @@ class BetaLevels:
             indices = _spaced_timesteps(n, clipped, len(er_lambdas), config.timestep_spacing, config.steps_offset)
             levels, timesteps = self._at_indices(indices), None if self.continuous else indices
         if timesteps is None:
-            timesteps = self._times(levels)
+            timesteps = self.times(levels)
         last = 0.0 if config.final_sigmas_type == "zero" else min(er_lambdas[0], levels[-1])
         return np.append(levels, last), timesteps
 
-    def _times(self, levels: np.ndarray) -> np.ndarray:
+    def times(self, levels: np.ndarray) -> np.ndarray:
         logs = np.log(np.maximum(levels, 1e-10))
         if self.continuous:
             return logs / 4
@@ -112,7 +113,7 @@ class FlowLevels:
         levels = np.arange(train, 0, -1) / train
         if not self.config.use_dynamic_shifting:
             levels = _shifted(levels, self.shift(None))
-        return np.append(levels, 0.0), self._times(levels)
+        return np.append(levels, 0.0), self.times(levels)
 
     def shift(self, mu: float | None) -> float:
         """The shift of a run; with dynamic shifting the pipeline computes its logarithm, `mu`, from the image's size."""
@@ -141,7 +142,7 @@ class FlowLevels:
             levels = np.minimum(levels, 1.0)
         elif 1 < levels[0] < 2:
             raise ValueError(f"sigmas must be at most 1 for a flow, got {levels[0]}")
-        return np.append(levels, self.last(levels)), self._times(levels) if timesteps is None else timesteps
+        return np.append(levels, self.last(levels)), self.times(levels) if timesteps is None else timesteps
 
     def given(self, sigmas: np.ndarray, shift: float) -> np.ndarray:
         """Levels of the caller's."""
@@ -160,7 +161,7 @@ class FlowLevels:
     def last(self, levels: np.ndarray) -> float:
         return 0.0
 
-    def _times(self, levels: np.ndarray) -> np.ndarray:
+    def times(self, levels: np.ndarray) -> np.ndarray:
         times = (1 - levels if self.config.invert_sigmas else levels) * self.config.num_train_timesteps
         return times.astype(np.int64) if self.whole_times else times
 
@@ -273,9 +274,9 @@ class EDMLevels:
         else:
             levels = np.geomspace(config.sigma_max, config.sigma_min, n)
         last = 0.0 if config.final_sigmas_type == "zero" else min(config.sigma_min, levels[-1])
-        return np.append(levels, last), self.time(levels) if timesteps is None else timesteps
+        return np.append(levels, last), self.times(levels) if timesteps is None else timesteps
 
-    def time(self, levels: np.ndarray) -> np.ndarray:
+    def times(self, levels: np.ndarray) -> np.ndarray:
         """c_noise."""
         return np.log(levels) / 4
 
@@ -298,7 +299,7 @@ class EDMLevels:
 class CosineLevels(EDMLevels):
     """As CosineDPMSolverMultistepScheduler (Stable Audio): the same, whose time is the angle of sigma."""
 
-    def time(self, levels):
+    def times(self, levels):
         return np.arctan(levels) / math.pi * 2
 
     def at(self, timesteps):
