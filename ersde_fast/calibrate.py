@@ -58,7 +58,7 @@ def calibrate_plan(
     prediction_type: str | None = None,
     sigma_data: float | None = None,
     guidance_scale: float | None = None,
-    evaluations: int = 150,
+    evaluations: int = 200,
     batch_size: int | None = None,
     disable: bool | None = None,
 ) -> Plan:
@@ -346,17 +346,19 @@ class _Fit:
     ) -> tuple[Tensor, CalibrationReport]:
         """The parameters and the report, by the ends of the uncalibrated plan's run of all samples, and of the fitted plan's two."""
         count, rows = len(self.fitted), torch.cat([self.fitted, self.held_back])
-        median = lambda errors: errors.quantile(0.5).item()  # noqa: E731
         before = self.errors(uncalibrated, rows)
         after = self.errors(torch.cat([fitted, held]), rows)
         spread = self.ends(torch.cat([fitted, held])).var(0, correction=0).mean().item() / self.variance
-        held_before, held_after = median(before[count:]), median(after[count:])
+        means = before[count:].mean().item(), after[count:].mean().item()
+        medians = before[count:].quantile(0.5).item(), after[count:].quantile(0.5).item()
         return parameters, CalibrationReport(
-            calibrated=held_after < held_before,
-            error_before=median(before[:count]),
-            error_after=median(after[:count]),
-            held_back_before=held_before,
-            held_back_after=held_after,
+            calibrated=means[1] < means[0] or medians[1] < medians[0],
+            error_before=before[:count].mean().item(),
+            error_after=after[:count].mean().item(),
+            held_back_before=means[0],
+            held_back_after=means[1],
+            median_before=medians[0],
+            median_after=medians[1],
             variance=spread,
             evaluations=self.runs.spent / len(self.runs.x),
             starts=(count, len(rows) - count),

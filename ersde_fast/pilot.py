@@ -17,6 +17,7 @@ from .weights import CPU, Process
 
 ORDER = 3  # of calibrated plans: more gains little
 RIDGE = 1e-4  # of the least squares of a step, relative
+NOTHING = 1e-8  # differences between predictions, as a share of their squares, that say nothing
 PRIOR = 1e-5  # on the squares of the parameters, beside an error in variances
 LARGEST = 4.0  # of the logarithm of a gap's factor
 
@@ -150,7 +151,7 @@ def least_squares(denoised: list[Tensor], missing: Tensor) -> Tensor:
         return torch.zeros(0, dtype=torch.float64, device=CPU)
     columns = torch.stack([(newer - older).flatten() for newer, older in pairwise(denoised)], dim=1)
     gram = columns.T @ columns
-    ridge = RIDGE * gram.diagonal() + torch.finfo(torch.float64).tiny
+    ridge = RIDGE * gram.diagonal() + NOTHING * denoised[0].square().sum()
     return torch.linalg.solve(gram + ridge.diag(), columns.T @ missing.flatten())
 
 

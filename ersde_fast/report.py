@@ -6,13 +6,16 @@ from typing import NamedTuple
 class CalibrationReport(NamedTuple):
     """`Plan.report` of a plan that `calibrate_plan` returned, and of its file.
 
-    An error is that of the run by the ODE: the mean squared distance of a result from where the pilot run ends, in variances of the
-    pilot's results; of several starts the median, since one that ends on another side of a watershed says little.
+    An error is that of the run by the ODE: the squared distance of a result from where the pilot run ends, a number, in variances of the
+    pilot's results. Where many steps and few end at different samples it is near 1 to 2, so of few starts the mean says how many do, and
+    the median how near the others end.
 
     Attributes:
-        calibrated: False where the fit was worse on the starts held back: the plan is then the uncalibrated one.
-        error_before, error_after: on the starts that were fitted, of the uncalibrated plan and of the fitted one.
-        held_back_before, held_back_after: on the starts held back.
+        calibrated: False where the fit was worse on the starts held back, in the mean and in the median: the plan is then the
+            uncalibrated one.
+        error_before, error_after: the mean on the starts that were fitted, of the uncalibrated plan and of the fitted one.
+        held_back_before, held_back_after: the mean on the starts held back.
+        median_before, median_after: the median there.
         variance: of the fitted plan's results about their mean, as a share of the pilot's; below 1 the results differ less.
         evaluations: of the model, for each start, the pilot's among them.
         starts: how many were fitted, and how many held back.
@@ -23,6 +26,8 @@ class CalibrationReport(NamedTuple):
     error_after: float
     held_back_before: float
     held_back_after: float
+    median_before: float
+    median_after: float
     variance: float
     evaluations: float
     starts: tuple[int, int]
