@@ -120,7 +120,8 @@ def along(path: Path, family: Family, parameters: Tensor, x: Tensor) -> tuple[li
     Args:
         x: [n, m] the start.
     """
-    plan = family.plan(torch.cat([parameters[: family.num_gaps], torch.zeros(len(family.differences), device=CPU)]))
+    gaps = parameters[: family.num_gaps]
+    plan = family.plan(torch.cat([gaps, gaps.new_zeros(len(family.differences))]))
     er_lambdas, alphas = plan.er_lambdas.tolist(), plan.alphas.tolist()
     denoised: list[Tensor] = []
     errors, fitted = [], []
@@ -142,7 +143,7 @@ def along(path: Path, family: Family, parameters: Tensor, x: Tensor) -> tuple[li
         direction = error / error.norm(dim=1, keepdim=True).clamp(min=1e-30)
         variance = (direction @ spread.T).square().mean()
         errors.append(error * (variance / (variance + l**2)).sqrt() if l > 0 else error)
-    return errors, torch.cat([parameters[: family.num_gaps], *fitted])
+    return errors, torch.cat([gaps, *fitted])
 
 
 def least_squares(denoised: list[Tensor], missing: Tensor) -> Tensor:

@@ -258,3 +258,22 @@ def test_settings_that_exclude_each_other():
         ours(compatible=True, noise="portable")
     with pytest.raises(ValueError, match="order must be 1 to 3"):
         sample("EPS", ours(order=5, method="taylor"))
+
+
+@pytest.mark.parametrize(("kind", "process"), [("EPS", "ve"), ("V_PREDICTION", "vp"), ("FLOW", "flow")])
+def test_a_plan_from_the_folder_of_models(kind, process, tmp_path):
+    """Its sampler at its sigmas gives what the node of settings gives at the same."""
+    import folder_paths
+
+    from ersde_fast import er_sde_plan
+
+    levels = torch.tensor([0.93, 0.8, 0.5, 0.2, 0.0], dtype=torch.float64)
+    folder_paths.folder_names_and_paths["ersde_plans"][0].append(str(tmp_path))
+    er_sde_plan(levels, process=process).save(tmp_path / f"{process}.safetensors")
+    node = nodes.NODE_CLASS_MAPPINGS["SamplerERSDEPlan"]
+    assert f"{process}.safetensors" in node.INPUT_TYPES()["required"]["plan"][0]
+    sampler, sigmas = node().get_sampler(f"{process}.safetensors", "ComfyUI's (torch)")
+    assert len(sigmas) == 5 and sigmas[-1] == 0
+    torch.testing.assert_close(sample(kind, sampler, sigmas=sigmas), sample(kind, ours(), sigmas=sigmas), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="sigmas must be the plan's"):
+        sample(kind, sampler, 4)

@@ -4,6 +4,7 @@ import math
 import runpy
 import sys
 
+import calibrated
 import pytest
 import torch
 
@@ -280,3 +281,19 @@ def test_quick_form(monkeypatch, capsys):
     rows = {line[:28].strip(): float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()}
     assert len(rows) == 2 + len(RIVALS)
     assert rows["newton 3, c = 10 std"] < 0.5 * rows["published, order 3"]
+
+
+def test_cells_of_calibrated_plans():
+    """The keys are one of each; a plan with noise draws it once a step; the guided model is that of the study."""
+    keys = [key for key, _ in calibrated.exact_cells()]
+    assert len(set(keys)) == len(keys) and all(len(key.split(" | ")) == 4 for key in keys)
+    plan, drawn = er_sde_plan([5.0, 2.0, 1.0, 0.0], noise_scaler="sde"), []
+    denoise = lambda x, sigma: 0.5 * x  # noqa: E731
+    noise = lambda i: drawn.append(i) or torch.zeros(2, 3)  # noqa: E731
+    x = calibrated.run_of(plan)(denoise, torch.ones(2, 3), None, noise)
+    assert drawn == [0, 1] and x.shape == (2, 3)
+    x, classes = torch.randn(20, 64, dtype=torch.float64, generator=generator()), torch.arange(20) % 10
+    told, untold = calibrated.guided_model(x, torch.tensor([0.7]), classes)
+    torch.testing.assert_close(
+        untold + 3 * (told - untold), Guided(digits_mixture(), 3.0).denoise(x, torch.tensor([0.7]).item())
+    )

@@ -112,7 +112,10 @@ def measure(problem, run, evaluations: int, seed: int, samples: int, spacing=kar
     if not x.isfinite().all():
         return {"frechet": float("inf"), "wasserstein": float("inf")}
     exact = problem.sample(samples, torch.Generator().manual_seed(5000 + seed))
-    return {"frechet": frechet(x, problem.mean, problem.covariance), "wasserstein": sliced_wasserstein(x, exact)}
+    trace = torch.cov(x.T, correction=0).trace() / problem.covariance.trace()
+    return {
+        "frechet": frechet(x, problem.mean, problem.covariance), "wasserstein": sliced_wasserstein(x, exact), "trace": trace.item(),
+    }  # fmt: skip
 
 
 def exact_cells():

@@ -1,8 +1,11 @@
 """The tables and pictures of the study's pages, from the cells that it has kept."""
 
+import functools
 import math
 import statistics
 from pathlib import Path
+
+import calibrated
 
 import cells
 import flows
@@ -339,6 +342,92 @@ def tables(results: dict) -> dict[str, str]:
         for shift in flows.SHIFTS:
             if over_seeds(results, f"{name} as flow, guidance 4, shift {shift:g}", "default", 8):
                 made[f"{name} as flow {shift:g}"] = as_flow(results, name, shift)
+    return made | calibration_tables(results)
+
+
+def over_pilots(results: dict, problem: str, kind: str, n: int, evaluations=None, what="frechet") -> tuple[float, float] | None:
+    """Mean and spread of a cell of calibrated plans over pilots and seeds."""
+    names = [calibrated.name_of(pilot, kind, evaluations) for pilot in calibrated.PILOTS]
+    found = [results.get(f"{problem} | {name} | {n} | {seed}", {}).get(what) for name in names for seed in cells.SEEDS]
+    values = [value for value in found if value is not None]
+    return (statistics.mean(values), (max(values) - min(values)) / 2) if values else None
+
+
+def best_rival(results: dict, problems: list[str], n: int) -> str:
+    """The mean and the name of the best of other packages' samplers, on the levels that are best for it."""
+    found = {rival: [over_seeds(results, problem, rival, n) for problem in problems] for rival in RIVALS}
+    means = {rival: min(cell[0] for cell in of if cell) for rival, of in found.items() if any(of)}
+    name = min(means, key=means.__getitem__)
+    return f"{means[name]:.3f} {name}"
+
+
+def calibration(results: dict, problem: str, levels: list[str], counts=calibrated.STARTS, evaluations=calibrated.FEW) -> str:
+    """Calibrated plans beside the same sampler uncalibrated and the best rival."""
+    least = floor(results, problem)
+    rows = [["the best of other packages, on its best levels", *(best_rival(results, levels, n) for n in evaluations)]]
+    for kind, sampler in (("ode", f"{OURS}, ode"), ("sde_5", OURS)):
+        rows.append([f"`{kind}`, uncalibrated", *(number(over_seeds(results, levels[1], sampler, n)) for n in evaluations)])
+        for count in counts:
+            of = f"{problem}, {count} starts"
+            rows.append(
+                [f"`{kind}`, calibrated on {count} starts", *(number(over_pilots(results, of, kind, n)) for n in evaluations)]
+            )
+            traces = [over_pilots(results, of, kind, n, what="trace") for n in evaluations]
+            if any(traces):
+                rows.append(["its variance, a share of the data's", *(f"{c[0]:.3f} ({c[1]:.3f})" if c else "" for c in traces)])
+    return f"{markdown([f'{problem} ({least:.3f} of exact samples)', *map(str, evaluations)], rows)}"
+
+
+def calibration_budgets(results: dict) -> str:
+    rows = []
+    for allowed in (calibrated.BUDGETS[0], calibrated.BUDGETS[1], None, calibrated.BUDGETS[2]):
+        row = [str(allowed or "200, the default")]
+        for n in calibrated.FEW:
+            of = functools.partial(over_pilots, results, "mixture, 16 starts", n=n, evaluations=allowed)
+            row.append(
+                ", ".join(
+                    [number(of(kind)).partition(" ")[0] for kind in calibrated.KINDS] + [f"{of('ode', what='spent')[0]:.0f}"]
+                )
+            )
+        rows.append(row)
+    return markdown(["evaluations allowed a start", *(f"{n}: `ode`, `sde_5`, spent" for n in calibrated.FEW)], rows)
+
+
+def calibration_guided(results: dict) -> str:
+    rows = []
+    for scale in calibrated.GUIDANCE:
+        of = f"{guidance.EXACT}, guidance {scale:g}"
+        at = [f"{of}, {levels}" for levels in (guidance.FROM_80, guidance.PLACED)]
+        for kind, sampler in (("ode", "told, ode"), ("sde_5", "told")):
+            for n in calibrated.FEW:
+                told = [plain(cell[0]) if (cell := over_seeds(results, levels, sampler, n)) else "" for levels in at]
+                made = over_pilots(results, f"{of}, 64 starts", kind, n)
+                rows.append(
+                    [f"{scale:g}, `{kind}`", str(n), best_rival(results, at[:1], n), *told, f"{made[0]:.3f} ({made[1]:.3f})"]
+                )
+    titles = [
+        "guidance, scaler",
+        "evaluations",
+        "best of other packages",
+        "told, Karras",
+        "told, placed",
+        "calibrated on 64 starts",
+    ]
+    return markdown(titles, rows)
+
+
+def calibration_tables(results: dict) -> dict[str, str]:
+    if not over_pilots(results, "mixture, 16 starts", "ode", 8):
+        return {}
+    of_mixture = ["mixture", "mixture, placed", *(f"mixture, {spacing}" for spacing in cells.SPACINGS)]
+    made = {
+        "calibrated mixture": calibration(results, "mixture", of_mixture),
+        "calibrated digits": calibration(results, "digits", ["digits", "digits, placed"]),
+        "calibration, evaluations": calibration_budgets(results), "calibration, guided": calibration_guided(results),
+    }  # fmt: skip
+    for name in cells.NETWORKS:
+        if over_pilots(results, f"{name}, 64 starts", "ode", 8):
+            made[f"calibrated {name}"] = calibration(results, name, [name, f"{name}, placed"], (64,))
     return made
 
 
@@ -395,7 +484,7 @@ def figures(results: dict, folder: Path) -> None:
         plt.close(figure)
 
 
-PAGES = ("quality.md", "quality_tables.md", "quality_flows.md")
+PAGES = ("quality.md", "quality_tables.md", "quality_flows.md", "calibration.md")
 
 
 def with_tables(text: str, made: dict[str, str]) -> str:

@@ -12,6 +12,7 @@ import json
 import time
 from pathlib import Path
 
+import calibrated
 import torch
 from tqdm import tqdm
 
@@ -26,8 +27,11 @@ from samplers import RIVALS, contenders
 START = time.monotonic()
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
-EXACT = {"exact": cells.cells, "guided": guidance.exact_cells, "flows": flows.exact_cells}
-ON_GPU = {"networks": guidance.network_cells, "digits": cells.network_cells, "network_flows": flows.network_cells}
+EXACT = {"exact": cells.cells, "guided": guidance.exact_cells, "flows": flows.exact_cells, "calibrated": calibrated.exact_cells}
+ON_GPU = {
+    "networks": guidance.network_cells, "digits": cells.network_cells, "network_flows": flows.network_cells,
+    "calibrated_networks": calibrated.network_cells,
+}  # fmt: skip
 
 
 def kept(path: Path = RESULTS) -> dict:

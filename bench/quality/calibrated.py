@@ -1,0 +1,128 @@
+"""The cells of docs/calibration.md: plans calibrated on a pilot, run on samples of their own."""
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+import cells
+import guidance
+from ersde_fast import Plan, calibrate_plan, sample_er_sde
+from ersde_fast.schedules import karras_sigmas
+from problems import Mixture, digits_mixture
+
+STARTS = (16, 64)
+PILOTS = (0, 1, 2)
+PILOT_STEPS = 32
+KINDS = ("ode", "sde_5")
+FEW = (5, 6, 8)
+BUDGETS = (100, 150, 300)  # beside the default
+GUIDANCE = (2.5, 5.0)
+
+
+def run_of(plan: Plan):
+    """A plan as the study runs samplers; its levels are its own."""
+
+    def run(denoise, x, sigmas, noise):
+        draws = iter(range(plan.num_steps))
+        of = lambda x, sigma: denoise(x, sigma[0].item())  # noqa: E731
+        return sample_er_sde(of, x, plan=plan, noise_sampler=lambda *_: noise(next(draws)), disable=True)
+
+    return run
+
+
+def name_of(pilot: int, kind: str, evaluations: int | None = None) -> str:
+    return f"calibrated, {kind}, pilot {pilot}{f', {evaluations} evaluations' if evaluations else ''}"
+
+
+def starts(shape: tuple, sigma: float, pilot: int, dtype=torch.float64, device="cpu") -> Tensor:
+    g = torch.Generator(device).manual_seed(300 + pilot)
+    return sigma * torch.randn(shape, dtype=dtype, generator=g, device=device)
+
+
+@functools.cache
+def of_exact(name: str, count: int, pilot: int, n: int, kind: str, evaluations: int | None = None) -> Plan:
+    problem, sigmas = cells.PROBLEMS[name](), cells.karras(PILOT_STEPS)
+    x = starts((count, len(problem.mean)), sigmas[0].item(), pilot)
+    allowed = {"evaluations": evaluations} if evaluations else {}
+    model = lambda x, sigma: problem.denoise(x, sigma[0].item())  # noqa: E731
+    return calibrate_plan(model, x, n, sigmas, noise_scaler=kind, disable=True, **allowed)
+
+
+def measure_exact(name: str, count: int, pilot: int, n: int, kind: str, seed: int, evaluations: int | None = None) -> dict:
+    plan = of_exact(name, count, pilot, n, kind, evaluations)
+    made = cells.measure(cells.PROBLEMS[name](), run_of(plan), n, seed, cells.SAMPLES, spacing=lambda _: plan.sigmas)
+    return made | {"spent": plan.report.evaluations, "calibrated": float(plan.report.calibrated)}
+
+
+@functools.cache
+def components() -> list[Mixture]:
+    of = digits_mixture()
+    covariances = of.axes * of.values[:, None] @ of.axes.mT
+    one = torch.ones(1, dtype=torch.float64)
+    return [Mixture(one, of.means[k, None], covariances[k, None]) for k in range(len(of.weights))]
+
+
+def guided_model(x: Tensor, sigma: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """With the classes of the samples, and without."""
+    told = torch.empty_like(x)
+    for k in classes.unique().tolist():
+        told[classes == k] = components()[k].denoise(x[classes == k], sigma[0].item())
+    return told, digits_mixture().denoise(x, sigma[0].item())
+
+
+@functools.cache
+def of_guided(scale: float, count: int, pilot: int, n: int, kind: str) -> Plan:
+    sigmas, classes = karras_sigmas(PILOT_STEPS), torch.arange(count) % len(components())
+    x = starts((count, 64), sigmas[0].item(), pilot)
+    conditions = {"classes": classes}
+    return calibrate_plan(guided_model, x, n, sigmas, conditions, noise_scaler=kind, guidance_scale=scale, disable=True)
+
+
+def measure_guided(scale: float, count: int, pilot: int, n: int, kind: str, seed: int) -> dict:
+    of, plan = guidance.problem(guidance.EXACT, "cpu", scale), of_guided(scale, count, pilot, n, kind)
+    x = of.run(run_of(plan), plan.sigmas, seed)
+    limit = guidance.limit(guidance.EXACT, "cpu", scale, guidance.FROM_80, kind)
+    return of.compare(x, limit) | {"spent": plan.report.evaluations, "calibrated": float(plan.report.calibrated)}
+
+
+def exact_cells():
+    """(key, measure) of the exact problems: their moments are those of the data."""
+    for seed in cells.SEEDS:
+        for name, count, n, pilot, kind in itertools.product(cells.PROBLEMS, STARTS, FEW, PILOTS, KINDS):
+            key = f"{name}, {count} starts | {name_of(pilot, kind)} | {n} | {seed}"
+            yield key, functools.partial(measure_exact, name, count, pilot, n, kind, seed)
+    for n, pilot, kind, allowed in itertools.product(FEW, PILOTS, KINDS, BUDGETS):
+        key = f"mixture, 16 starts | {name_of(pilot, kind, allowed)} | {n} | 0"
+        yield key, functools.partial(measure_exact, "mixture", 16, pilot, n, kind, 0, allowed)
+    for scale, n, pilot, kind in itertools.product(GUIDANCE, FEW, PILOTS, KINDS):
+        key = f"{guidance.EXACT}, guidance {scale:g}, 64 starts | {name_of(pilot, kind)} | {n} | 0"
+        yield key, functools.partial(measure_guided, scale, 64, pilot, n, kind, 0)
+
+
+def network_cells(device: str):
+    """The same of the network of digits, told the class of its samples and not, against its own limit."""
+    from network import LIMIT, Network
+
+    network = functools.cache(lambda name: Network("digits", device, float(name == "network"), samples=10_000))
+    limit = functools.cache(
+        lambda name: network(name).reference(network(name).run(LIMIT, karras_sigmas(cells.LIMIT_STEPS), 100))
+    )
+
+    @functools.cache
+    def plan(name, pilot, n, kind):
+        of, sigmas = network(name), karras_sigmas(PILOT_STEPS)
+        x = starts((64, *of.shape), sigmas[0].item(), pilot, torch.float32, device)
+        told = {"labels": one_hot(torch.arange(64, device=device) % 10, 10).float()} if name == "network" else {"labels": None}
+        model = lambda x, sigma, labels: of.call(x, sigma[0].item(), labels)  # noqa: E731
+        return calibrate_plan(model, x, n, sigmas, told, noise_scaler=kind, disable=True)
+
+    def cell(name, pilot, n, kind, seed):
+        made = plan(name, pilot, n, kind)
+        return network(name).compare(network(name).run(run_of(made), made.sigmas, seed), limit(name))
+
+    for name, n, pilot, kind, seed in itertools.product(cells.NETWORKS, FEW, PILOTS, KINDS, cells.SEEDS):
+        key = f"{name}, 64 starts | {name_of(pilot, kind)} | {n} | {seed}"
+        yield key, functools.partial(cell, name, pilot, n, kind, seed)
