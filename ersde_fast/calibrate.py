@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .noise import float64_device
 from .noise_scaler import AnyNoiseScaler, nonnegative
-from .pilot import ORDER, PRIOR, Family, Model, Path, differences_of, least_squares, place_on_path
+from .pilot import ORDER, PRIOR, Family, Path, Quadratic, differences_of, least_squares, place_on_path
 from .plan import Plan, er_sde_plan
 from .predictions import PREDICTION_TYPES
 from .reference import prediction
@@ -244,6 +244,8 @@ class _Fit:
         ends = self.ends(followed.end)
         self.target, self.starts = ends[self.fitted], followed.states[0][self.fitted]
         self.variance = ends.var(0, correction=0).mean().item()
+        if not 0 < self.variance < math.inf:
+            raise ValueError(f"model must give finite results that differ between starts, got the variance {self.variance}")
         self.scale = 1 / math.sqrt(self.target.numel() * self.variance)
         states, denoised = (torch.stack(kept)[:, self.fitted] for kept in (followed.states, followed.denoised))
         alphas = pilot.alphas[: len(states), None, None]
@@ -268,7 +270,7 @@ class _Fit:
         _, parameters, run = min(started, key=lambda one: one[0][1])
         parameters, run = self.rounds(parameters, run, evaluations * len(runs.x) - self.num_steps * len(self.held_back))
         held = runs.follow(self.family.plan(parameters), self.held_back)
-        return self.judged(uncalibrated.end, run.end, held.end, parameters)
+        return parameters, self.report(uncalibrated.end, torch.cat([run.end, held.end]))
 
     def residuals(self, run: _Run, parameters: Tensor) -> tuple[Tensor, float]:
         """What is left between a run and the pilot, [n, m], and what the fit makes least."""
@@ -312,7 +314,7 @@ class _Fit:
                 break
             jacobian[some] = self.derivatives(here, run, left, some)
             known[some] = True
-            model = Model.of(jacobian[known].flatten(0, 1), left[known].flatten(), here, count / known.sum().item())
+            model = Quadratic.of(jacobian[known].flatten(0, 1), left[known].flatten(), here, count / known.sum().item())
             step = family.within(here + model.step(damping, family.num_gaps)) - here
             there = here + step
             tried = self.runs.follow(family.plan(there), self.fitted, keep=lambda values: values)
@@ -341,17 +343,13 @@ class _Fit:
             columns.append(((self.ends(moved.end) - self.target[some]) * self.scale - left[some]) / difference)
         return torch.stack(columns, dim=2)
 
-    def judged(
-        self, uncalibrated: Tensor, fitted: Tensor, held: Tensor, parameters: Tensor
-    ) -> tuple[Tensor, CalibrationReport]:
-        """The parameters and the report, by the ends of the uncalibrated plan's run of all samples, and of the fitted plan's two."""
+    def report(self, uncalibrated: Tensor, fitted: Tensor) -> CalibrationReport:
+        """By where the runs of the two plans end, of the starts fitted and then of those held back."""
         count, rows = len(self.fitted), torch.cat([self.fitted, self.held_back])
-        before = self.errors(uncalibrated, rows)
-        after = self.errors(torch.cat([fitted, held]), rows)
-        spread = self.ends(torch.cat([fitted, held])).var(0, correction=0).mean().item() / self.variance
+        before, after = self.errors(uncalibrated, rows), self.errors(fitted, rows)
         means = before[count:].mean().item(), after[count:].mean().item()
         medians = before[count:].quantile(0.5).item(), after[count:].quantile(0.5).item()
-        return parameters, CalibrationReport(
+        return CalibrationReport(
             calibrated=means[1] < means[0] or medians[1] < medians[0],
             error_before=before[:count].mean().item(),
             error_after=after[:count].mean().item(),
@@ -359,7 +357,7 @@ class _Fit:
             held_back_after=means[1],
             median_before=medians[0],
             median_after=medians[1],
-            variance=spread,
+            variance=self.ends(fitted).var(0, correction=0).mean().item() / self.variance,
             evaluations=self.runs.spent / len(self.runs.x),
             starts=(count, len(rows) - count),
         )

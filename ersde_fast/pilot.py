@@ -162,14 +162,14 @@ def differences_of(denoised: list[Tensor], weights: Tensor) -> Tensor:
     return sum((w * (newer - older) for w, newer, older in pairs), torch.zeros_like(denoised[0]))
 
 
-class Model(NamedTuple):
+class Quadratic(NamedTuple):
     """A quadratic model of an error about parameters: gradient [p] and Hessian [p, p]."""
 
     gradient: Tensor
     hessian: Tensor
 
     @classmethod
-    def of(cls, jacobian: Tensor, residuals: Tensor, parameters: Tensor, share: float = 1.0) -> "Model":
+    def of(cls, jacobian: Tensor, residuals: Tensor, parameters: Tensor, share: float = 1.0) -> "Quadratic":
         """Of |residuals|^2 + PRIOR |parameters|^2, halved, by Gauss and Newton.
 
         Args:
@@ -187,7 +187,7 @@ class Model(NamedTuple):
         return step * min(1.0, longest / max(step[:num_gaps].abs().max().item(), 1e-30))
 
     def gain(self, step: Tensor) -> float:
-        """How much less the error is after a step, were the model exact."""
+        """How much less the error is after a step, were it exact."""
         return -(2 * self.gradient @ step + step @ self.hessian @ step).item()
 
 
@@ -215,7 +215,7 @@ def place_on_path(path: Path, family: Family, x: Tensor, scale: float, start: fl
             there = here.clone()
             there[k] += difference
             columns.append((errors_at(there)[0] - residuals) / difference)
-        model = Model.of(torch.stack(columns, dim=1), residuals, here[: family.num_gaps])
+        model = Quadratic.of(torch.stack(columns, dim=1), residuals, here[: family.num_gaps])
         before = error
         for _ in range(8):
             there = here.clone()

@@ -255,6 +255,7 @@ BAD = {
     "model must return tensors of the shape of x": {"of": lambda x, sigma: x[:1]},
     "model must return finite predictions": {"of": lambda x, sigma: x * math.nan},
     "model must depend on sigma or x": {"of": lambda x, sigma: torch.zeros_like(x)},
+    "model must give finite results that differ": {"of": lambda x, sigma: torch.zeros_like(x) + sigma[0].sin()},
 }
 
 

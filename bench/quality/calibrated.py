@@ -18,7 +18,7 @@ PILOTS = (0, 1, 2)
 PILOT_STEPS = 32
 KINDS = ("ode", "sde_5")
 FEW = (5, 6, 8)
-BUDGETS = (100, 150, 300)  # beside the default
+BUDGETS = (100, 400)  # beside the default
 GUIDANCE = (2.5, 5.0)
 
 
@@ -88,18 +88,23 @@ def measure_guided(scale: float, count: int, pilot: int, n: int, kind: str, seed
     return of.compare(x, limit) | {"spent": plan.report.evaluations, "calibrated": float(plan.report.calibrated)}
 
 
+def seed_cells(seed: int):
+    for name, count, n, pilot, kind in itertools.product(cells.PROBLEMS, STARTS, FEW, PILOTS, KINDS):
+        key = f"{name}, {count} starts | {name_of(pilot, kind)} | {n} | {seed}"
+        yield key, functools.partial(measure_exact, name, count, pilot, n, kind, seed)
+
+
 def exact_cells():
     """(key, measure) of the exact problems: their moments are those of the data."""
-    for seed in cells.SEEDS:
-        for name, count, n, pilot, kind in itertools.product(cells.PROBLEMS, STARTS, FEW, PILOTS, KINDS):
-            key = f"{name}, {count} starts | {name_of(pilot, kind)} | {n} | {seed}"
-            yield key, functools.partial(measure_exact, name, count, pilot, n, kind, seed)
-    for n, pilot, kind, allowed in itertools.product(FEW, PILOTS, KINDS, BUDGETS):
-        key = f"mixture, 16 starts | {name_of(pilot, kind, allowed)} | {n} | 0"
-        yield key, functools.partial(measure_exact, "mixture", 16, pilot, n, kind, 0, allowed)
+    yield from seed_cells(0)
     for scale, n, pilot, kind in itertools.product(GUIDANCE, FEW, PILOTS, KINDS):
         key = f"{guidance.EXACT}, guidance {scale:g}, 64 starts | {name_of(pilot, kind)} | {n} | 0"
         yield key, functools.partial(measure_guided, scale, 64, pilot, n, kind, 0)
+    for n, pilot, kind, allowed in itertools.product(FEW, PILOTS, KINDS, BUDGETS):
+        key = f"mixture, 16 starts | {name_of(pilot, kind, allowed)} | {n} | 0"
+        yield key, functools.partial(measure_exact, "mixture", 16, pilot, n, kind, 0, allowed)
+    for seed in cells.SEEDS[1:]:
+        yield from seed_cells(seed)
 
 
 def network_cells(device: str):

@@ -380,7 +380,7 @@ def calibration(results: dict, problem: str, levels: list[str], counts=calibrate
 
 def calibration_budgets(results: dict) -> str:
     rows = []
-    for allowed in (calibrated.BUDGETS[0], calibrated.BUDGETS[1], None, calibrated.BUDGETS[2]):
+    for allowed in (calibrated.BUDGETS[0], None, calibrated.BUDGETS[1]):
         row = [str(allowed or "200, the default")]
         for n in calibrated.FEW:
             of = functools.partial(over_pilots, results, "mixture, 16 starts", n=n, evaluations=allowed)
