@@ -36,10 +36,14 @@ from .step import fast_step
 from .weights import CPU, Process
 
 HELD_BACK = 4  # one start of so many
-WITH_DERIVATIVES = 4  # samples a round whose derivatives are measured
+WITH_DERIVATIVES, TURNS = (
+    4,
+    4,
+)  # samples a round whose derivatives are measured, at least; rounds until all have had theirs, at most
 NUMBERS = 2**16  # of all samples together, on which the fit looks
 DIFFERENCE = 0.05  # of a parameter, for a derivative: large enough for networks in half precision
 SHORTENED = (1.0, 0.8, 0.6)  # what the gaps of the placed levels are multiplied by, where the search on the path begins
+WATERSHED = 0.03  # the error, in variances, from which on a result counts ever less: it is another sample than the pilot's
 PATIENCE, LITTLE = 4, 0.01  # rounds that may follow one another without gaining so large a part of the error
 
 
@@ -275,8 +279,13 @@ class _Fit:
     def residuals(self, run: _Run, parameters: Tensor) -> tuple[Tensor, float]:
         """What is left between a run and the pilot, [n, m], and what the fit makes least."""
         left = (self.ends(run.end) - self.target) * self.scale
-        total = (left.square().sum() + PRIOR * parameters @ parameters).item()
+        robust = WATERSHED * torch.log1p(self.errors_of(left) / WATERSHED).mean()
+        total = (robust + PRIOR * parameters @ parameters).item()
         return left, total if math.isfinite(total) else math.inf
+
+    def errors_of(self, left: Tensor) -> Tensor:
+        """Of each sample, from what is left of all."""
+        return left.square().sum(1) * len(left)
 
     def start(self) -> tuple[Tensor, _Run]:
         """Parameters that the pilot's path alone gives, their weights fitted on the way of a run, and the run."""
@@ -302,7 +311,7 @@ class _Fit:
     def rounds(self, here: Tensor, run: _Run, evaluations: int) -> tuple[Tensor, _Run]:
         """Rounds of Levenberg and Marquardt, from parameters and their run, while another one can be afforded and something is gained."""
         count, family = len(self.fitted), self.family
-        turns = max(1, round(count / WITH_DERIVATIVES))
+        turns = min(max(1, round(count / WITH_DERIVATIVES)), TURNS)
         left, error = self.residuals(run, here)
         jacobian = torch.zeros(*left.shape, family.size, dtype=torch.float64, device=CPU)
         known = torch.zeros(count, dtype=torch.bool, device=CPU)
@@ -314,7 +323,9 @@ class _Fit:
                 break
             jacobian[some] = self.derivatives(here, run, left, some)
             known[some] = True
-            model = Quadratic.of(jacobian[known].flatten(0, 1), left[known].flatten(), here, count / known.sum().item())
+            weights = (1 + self.errors_of(left) / WATERSHED).rsqrt()[known, None]
+            rows, columns = (weights * left[known]).flatten(), (weights[:, :, None] * jacobian[known]).flatten(0, 1)
+            model = Quadratic.of(columns, rows, here, count / known.sum().item())
             step = family.within(here + model.step(damping, family.num_gaps)) - here
             there = here + step
             tried = self.runs.follow(family.plan(there), self.fitted, keep=lambda values: values)
@@ -323,7 +334,7 @@ class _Fit:
                 missed = left_there[known] - left[known] - jacobian[known] @ step
                 jacobian[known] += missed[:, :, None] * step / (step @ step)
             ratio = (error - error_there) / max(model.gain(step), 1e-30)
-            idle = 0 if error_there < (1 - LITTLE) * error else idle + 1
+            idle = 0 if error_there < (1 - LITTLE) * error or not known.all() else idle + 1
             if error_there < error:
                 here, run, left, error = there, tried, left_there, error_there
             damping = max(damping / 4, 1e-8) if ratio > 0.5 else damping if ratio > 0.1 else max(damping, 1e-4) * 6

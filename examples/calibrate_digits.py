@@ -15,13 +15,14 @@ from ersde_fast.schedules import karras_sigmas
 FILE = Path(__file__).with_name("digits_5.safetensors")
 
 
-def calibrated(num_steps: int = 5, starts: int = 40, **options):
+def calibrated(num_steps: int = 5, starts: int = 30, **options):
     """The plan, of a pilot of all classes."""
     net, sigmas = load_digits_unet(), karras_sigmas(32)
     x = sigmas[0].item() * portable_noise((starts, 1, 28, 28), seed=5, step=-1)
     labels = torch.nn.functional.one_hot(torch.arange(starts) % net.label_dim, net.label_dim).float()
     model = lambda x, sigma, labels: net.denoised(x, sigma[0], labels)  # noqa: E731
-    return calibrate_plan(model, x, num_steps, sigmas, {"labels": labels}, noise_scaler="sde_5", guidance=1.0, **options)
+    told = {"noise_scaler": "sde_5", "guidance": 1.0, "sigma_data": net.sigma_data}
+    return calibrate_plan(model, x, num_steps, sigmas, {"labels": labels}, **told, **options)
 
 
 def main():

@@ -122,12 +122,12 @@ def scaled(process):
 
 
 @pytest.mark.parametrize("process", ["vp", "flow"])
-def test_every_process_of_one_model_has_the_same_plan(process, plan):
-    """In er_lambda, but for float32's rounding of the sigmas that the model sees."""
+def test_every_process_of_one_model_has_the_same_plan(process):
+    """In er_lambda, but for float32's rounding of the sigmas that the model sees, which many rounds would magnify."""
     levels = er_sde_plan(PILOT).er_lambdas
     alphas = torch.rsqrt(1 + levels**2) if process == "vp" else 1 / (1 + levels)
-    made = calibrated(of=scaled(process), x=starts() * alphas[0], sigmas=levels * alphas, process=process)
-    torch.testing.assert_close(made.er_lambdas, plan.er_lambdas, rtol=0.05, atol=0)
+    made = calibrated(of=scaled(process), x=starts() * alphas[0], sigmas=levels * alphas, process=process, evaluations=60)
+    torch.testing.assert_close(made.er_lambdas, calibrated(evaluations=60).er_lambdas, rtol=0.01, atol=0)
     assert made.report.median_after < 0.1 * made.report.median_before
 
 
