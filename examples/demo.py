@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import ersde_fast
+from calibrate_digits import FILE
 from digits_unet import load_digits_unet
 from ersde_fast.schedules import karras_sigmas
 

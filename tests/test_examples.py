@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import calibrate_digits
 import demo
 import reward
+from ersde_fast import Plan, er_sde_plan
 from samplers import k_diffusion
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -59,3 +61,12 @@ def test_the_demo_tells_how_far_each_sampler_ends_from_the_limit():
     assert (rows[-1].std() - 0.3).abs() < 0.02
     assert 0 < distances["ersde-fast"] < distances["ComfyUI's er_sde"] < distances["DDIM"]
     assert demo.image(rows).size == (2 * 28 * 3, 4 * 28 * 3)
+
+
+def test_the_calibrated_plan_of_the_digits():
+    """The file beside the network is what `calibrate_digits.py` makes; that takes minutes, so here it is only read."""
+    plan = Plan.load(calibrate_digits.FILE)
+    assert plan.report.calibrated and plan.num_steps == 5 and plan.sigmas[0] == 80
+    assert plan.sigma_data == reward.load_digits_unet().sigma_data
+    analytic = er_sde_plan(plan.sigmas, noise_scaler="sde_5", guidance=1.0)
+    torch.testing.assert_close(plan.weights[:, [0, -1]], analytic.weights[:, [0, -1]], rtol=1e-12, atol=0)

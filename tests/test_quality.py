@@ -4,10 +4,10 @@ import math
 import runpy
 import sys
 
-import calibrated
 import pytest
 import torch
 
+import calibrated
 import flows
 import guidance
 import page

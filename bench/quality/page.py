@@ -6,7 +6,6 @@ import statistics
 from pathlib import Path
 
 import calibrated
-
 import cells
 import flows
 import guidance

@@ -12,10 +12,10 @@ import json
 import time
 from pathlib import Path
 
-import calibrated
 import torch
 from tqdm import tqdm
 
+import calibrated
 import cells
 import flows
 import guidance
