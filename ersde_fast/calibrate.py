@@ -6,8 +6,9 @@ and in each step the weights of the differences between neighbouring predictions
 1. The pilot run, which also shows its samples between its levels.
 2. Without the model: levels and weights whose steps' errors along the pilot's path are least.
 3. One run on these levels, whose weights are fitted on the way to the pilot's path, from where the run itself has come to.
-4. Rounds of Levenberg and Marquardt on where runs end, as long as the evaluations last. Derivatives are differences of runs, each from
-   the step that its parameter first changes and of a few samples, others in each round; in between, Broyden's update keeps them.
+4. Rounds of Levenberg and Marquardt on where runs end, as long as the evaluations last and something is gained; then 3 again on the
+   levels of `place_sigmas`, and rounds from there. Derivatives are differences of runs, each from the step that its parameter first changes
+   and of a few samples, others in each round; in between, Broyden's update keeps them.
 5. The starts that were held back decide whether the plan is returned.
 """
 
@@ -44,7 +45,7 @@ NUMBERS = 2**16  # of all samples together, on which the fit looks
 DIFFERENCE = 0.05  # of a parameter, for a derivative: large enough for networks in half precision
 SHORTENED = (1.0, 0.8, 0.6)  # what the gaps of the placed levels are multiplied by, where the search on the path begins
 WATERSHED = 0.03  # the error, in variances, from which on a result counts ever less: it is another sample than the pilot's
-PATIENCE, LITTLE = 4, 0.01  # rounds that may follow one another without gaining so large a part of the error
+PATIENCE, LITTLE = 3, 0.01  # rounds that may follow one another without gaining so large a part of the error
 
 
 @torch.no_grad()
@@ -270,9 +271,13 @@ class _Fit:
         nothing = torch.zeros(self.family.size, dtype=torch.float64, device=CPU)
         uncalibrated = runs.follow(self.family.plan(nothing), rows, keep=lambda values: values[: len(self.fitted)])
         before = uncalibrated._replace(end=uncalibrated.end[: len(self.fitted)])
-        started = [(self.residuals(run, parameters), parameters, run) for parameters, run in ((nothing, before), self.start())]
-        _, parameters, run = min(started, key=lambda one: one[0][1])
-        parameters, run = self.rounds(parameters, run, evaluations * len(runs.x) - self.num_steps * len(self.held_back))
+        most = evaluations * len(runs.x) - self.num_steps * len(self.held_back)
+        parameters, run, error = nothing, before, self.residuals(before, nothing)[1]
+        for begin in (self.on_the_path, lambda: nothing[: self.family.num_gaps]):  # the second where the first gains no more
+            if runs.spent + self.num_steps * len(self.fitted) <= most:
+                found = self.rounds(*self.start(begin()), most)
+                if found[2] < error:
+                    parameters, run, error = found
         held = runs.follow(self.family.plan(parameters), self.held_back)
         return parameters, self.report(uncalibrated.end, torch.cat([run.end, held.end]))
 
@@ -287,11 +292,14 @@ class _Fit:
         """Of each sample, from what is left of all."""
         return left.square().sum(1) * len(left)
 
-    def start(self) -> tuple[Tensor, _Run]:
-        """Parameters that the pilot's path alone gives, their weights fitted on the way of a run, and the run."""
+    def on_the_path(self) -> Tensor:
+        """The parameters of the gaps whose steps err least along the pilot's path."""
+        begun = [place_on_path(self.path, self.family, self.starts, self.scale, math.log(factor)) for factor in SHORTENED]
+        return min(begun, key=lambda one: one[1])[0][: self.family.num_gaps]
+
+    def start(self, gaps: Tensor) -> tuple[Tensor, _Run]:
+        """Parameters with these of the gaps, their weights fitted to the pilot's path on the way of a run, and the run."""
         family, path = self.family, self.path
-        begun = [place_on_path(path, family, self.starts, self.scale, math.log(factor)) for factor in SHORTENED]
-        gaps = min(begun, key=lambda one: one[1])[0][: family.num_gaps]
         plan = family.plan(torch.cat([gaps, gaps.new_zeros(len(family.differences))]))
         alphas, er_lambdas = plan.alphas.tolist(), plan.er_lambdas.tolist()
         x, weights = self.runs.x[self.fitted.to(self.runs.x.device)], [gaps]
@@ -308,8 +316,9 @@ class _Fit:
             x = x + (alphas[i + 1] * differences_of(history, weights[-1])).to(x.dtype)
         return torch.cat(weights), _Run(x, states, kept)
 
-    def rounds(self, here: Tensor, run: _Run, evaluations: int) -> tuple[Tensor, _Run]:
-        """Rounds of Levenberg and Marquardt, from parameters and their run, while another one can be afforded and something is gained."""
+    def rounds(self, here: Tensor, run: _Run, evaluations: int) -> tuple[Tensor, _Run, float]:
+        """Rounds of Levenberg and Marquardt, from parameters and their run, while another one can be afforded and something is gained;
+        and what the fit makes least."""
         count, family = len(self.fitted), self.family
         turns = min(max(1, round(count / WITH_DERIVATIVES)), TURNS)
         left, error = self.residuals(run, here)
@@ -317,7 +326,7 @@ class _Fit:
         known = torch.zeros(count, dtype=torch.bool, device=CPU)
         steps = sum(self.num_steps - 1 - first for first in family.changes)
         damping, turn, idle = 1e-3, 0, 0
-        while idle < PATIENCE:
+        while idle < PATIENCE and math.isfinite(error):
             some = torch.arange(turn % turns, count, turns, device=CPU)
             if self.runs.spent + steps * len(some) + self.num_steps * count > evaluations:
                 break
@@ -339,7 +348,7 @@ class _Fit:
                 here, run, left, error = there, tried, left_there, error_there
             damping = max(damping / 4, 1e-8) if ratio > 0.5 else damping if ratio > 0.1 else max(damping, 1e-4) * 6
             turn += 1
-        return here, run
+        return here, run, error
 
     def derivatives(self, here: Tensor, run: _Run, left: Tensor, some: Tensor) -> Tensor:
         """Of what is left of some samples, [some, m, size], by differences; a run goes on from the step that a parameter changes."""
@@ -352,7 +361,7 @@ class _Fit:
             history = kept[max(first - ORDER + 1, 0) : first + 1][::-1]
             moved = self.runs.follow(self.family.plan(there), rows, first, states[first], history)
             columns.append(((self.ends(moved.end) - self.target[some]) * self.scale - left[some]) / difference)
-        return torch.stack(columns, dim=2)
+        return torch.stack(columns, dim=2).nan_to_num(0.0, 0.0, 0.0)
 
     def report(self, uncalibrated: Tensor, fitted: Tensor) -> CalibrationReport:
         """By where the runs of the two plans end, of the starts fitted and then of those held back."""
