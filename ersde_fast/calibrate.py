@@ -100,6 +100,8 @@ def calibrate_plan(
 
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.
+
+    Source: docs/calibration.md, "What it costs".
     """
     pilot_levels, to_zero = levels_of_pilot(sigmas, num_steps, process)
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < HELD_BACK:

@@ -14,6 +14,8 @@ from .plan import er_sde_plan, on_host
 from .sample import sample_plan
 from .weights import Process
 
+__all__ = ["exponential_sigmas", "flow_sigmas", "karras_sigmas", "place_sigmas", "uniform_log_snr_sigmas"]
+
 CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
 
 

@@ -94,6 +94,7 @@ def serving():
 
 GIVEN = {"choosing.md": lambda: a_run(sigmas=karras_sigmas(3)) | {"model": denoise}, "composition.md": composition}
 GIVEN |= {"integrations.md": integrations, "serving.md": serving}
+GIVEN |= {"calibration.md": lambda: {"model": denoise, "extra_args": {"scale": 1.0}}}
 
 
 @pytest.fixture
