@@ -51,7 +51,6 @@ def test_a_kernel_compiles(compiler, cache, expression, capability):
     assert expression.partition("<")[0].removeprefix("ersde::").encode() in name
 
 
-
 def test_a_device_newer_than_the_compiler_gets_what_its_driver_compiles(compiler, cache):
     _, code = compiler.kernel(NAMES[0], (99, 0))
     newest = max(compiler._architectures)
