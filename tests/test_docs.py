@@ -193,8 +193,8 @@ def test_readmes_table_runs(code, as_they_were):
     scheduler = pytest.importorskip("ersde_fast.integrations.diffusers").ERSDEScheduler
     scope = composition() | {"pipe": SimpleNamespace(scheduler=scheduler()), "ERSDEScheduler": scheduler}
     scope |= {"tree": lambda sigma, sigma_next: torch.randn(4, 3, 8, 8), "shape": (3, 8, 8), "out_dir": "out"}
-    scope |= {name: getattr(ersde_fast, name) for name in ("fast_step", "sample_er_sde", "stack_plans")}
-    scope |= {"plans": [scope["plan_a"], scope["plan_b"]]}
+    scope |= {name: getattr(ersde_fast, name) for name in ("calibrate_plan", "fast_step", "sample_er_sde", "stack_plans")}
+    scope |= {"plans": [scope["plan_a"], scope["plan_b"]], "karras_sigmas": karras_sigmas}
     if "generate" in code:
         scope["seeds"] = range(2)
     exec(code, scope)
