@@ -159,6 +159,7 @@ def place_sigmas(
     extra_args: dict | None = None,
     *,
     process: Process = "ve",
+    disable: bool | None = None,
 ) -> Tensor:
     """Levels for runs of few steps, from a pilot run of many on the same model.
 
@@ -174,6 +175,7 @@ def place_sigmas(
         num_steps: the number of steps of the runs to come, at least 2.
         extra_args: further arguments of the model.
         process: see `er_sde_plan`.
+        disable: hides the progress bar.
 
     Returns:
         float64 [num_steps + 1] on the CPU, falling; the last is that of `sigmas`.
@@ -186,7 +188,7 @@ def place_sigmas(
     levels, ends_at_zero = levels_of_pilot(sigmas, num_steps, process)
     errors = PilotErrors(levels, process)
     pilot = er_sde_plan(levels, process=process, order=3, noise_scaler="ode", method="newton")
-    sample_plan(pilot, model, x, extra_args, lambda said: errors.add(said["denoised"]), disable=True)
+    sample_plan(pilot, model, x, extra_args, lambda said: errors.add(said["denoised"]), disable)
     return errors.place(num_steps, ends_at_zero)
 
 
@@ -195,7 +197,7 @@ def levels_of_pilot(sigmas: Tensor | Sequence[float] | np.ndarray, num_steps: in
     sigmas = er_sde_plan(on_host(sigmas), process=process).sigmas
     ends_at_zero = bool(sigmas[-1] == 0)
     levels = sigmas[:-1] if ends_at_zero else sigmas
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 2:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 2:
         raise ValueError(f"num_steps must be a whole number of at least 2, got {num_steps!r}")
     if (levels.diff() == 0).any():
         raise ValueError("sigmas must fall at every step of the pilot, got a level twice")

@@ -80,6 +80,12 @@ def test_more_arguments_reach_the_model_and_half_precision_places_alike():
     torch.testing.assert_close(placed, exact, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("disable", [False, True])
+def test_a_bar_shows_the_pilots_progress(disable, capsys):
+    place_sigmas(model, start(), karras_sigmas(30), np.int64(8), disable=disable)
+    assert ("29/29" in capsys.readouterr().err) != disable
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -51,7 +51,7 @@ class GuidedMixture:
 
     def placed(self, pilot: Tensor, num_steps: int) -> Tensor:
         x = pilot[0] * torch.randn(500, 64, generator=torch.Generator().manual_seed(7))
-        return place_sigmas(lambda x, sigma: self.denoise(x, sigma[0].item()), x, pilot, num_steps)
+        return place_sigmas(lambda x, sigma: self.denoise(x, sigma[0].item()), x, pilot, num_steps, disable=True)
 
     def run(self, run, sigmas: Tensor, seed: int, denoise=None) -> Tensor:
         g = torch.Generator().manual_seed(1000 + seed)
