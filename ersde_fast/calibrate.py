@@ -30,21 +30,21 @@ from .plan import Plan, er_sde_plan
 from .predictions import PREDICTION_TYPES
 from .reference import prediction
 from .report import CalibrationReport
-from .request import ModelOutput
+from .request import ModelOutput, inside
 from .sample import levels_of, with_newest
 from .schedules import PilotErrors, levels_of_pilot
 from .step import fast_step
 from .weights import CPU, Process
 
 HELD_BACK = 4  # one start of so many
-WITH_DERIVATIVES, TURNS = (
-    4,
-    4,
-)  # samples a round whose derivatives are measured, at least; rounds until all have had theirs, at most
+WITH_DERIVATIVES = 4  # samples a round whose derivatives are measured, at least
+TURNS = 4  # rounds until all have had theirs, at most
 NUMBERS = 2**16  # of all samples together, on which the fit looks
 DIFFERENCE = 0.05  # of a parameter, for a derivative: large enough for networks in half precision
 SHORTENED = (1.0, 0.8, 0.6)  # what the gaps of the placed levels are multiplied by, where the search on the path begins
 WATERSHED = 0.03  # the error, in variances, from which on a result counts ever less: it is another sample than the pilot's
+UNSCALED = 0.2  # the root mean square of starts, as a share of the first sigma, below which they are not noise of that level
+REPEATED = 2e-3  # how far a prediction may be from the same one asked for again, squared, in variances: rounding in batches of other sizes
 PATIENCE, LITTLE = 3, 0.01  # rounds that may follow one another without gaining so large a part of the error
 
 
@@ -73,15 +73,15 @@ def calibrate_plan(
 
     Args:
         model: `model(x, sigma, **extra_args)`, sigma [batch], to the denoised sample, or what `prediction_type` says. It is called with
-            some of the samples too, so what differs between them belongs into `extra_args`. Without dropout: each sample's result
-            must depend on the sample alone.
+            some of the samples too, so what differs between them belongs into `extra_args`. Each sample's result must depend on the
+            sample alone, and be the same when asked for again: no dropout.
         x: [batch, ...] the noise to start from, scaled to sigmas[0]; 16 starts are enough, 64 better, at least 4. Every fourth is held
             back from the fit.
         num_steps: of the plan, at least 2.
         sigmas: [pilot_steps + 1] the levels of the pilot, falling: 30 to 50 of those that you would sample with, such as Karras et
             al.'s, and a 0. The plan has their ends, but its last level above 0 may be higher.
-        extra_args: further arguments of the model. A tensor whose first dimension is the batch, also inside a list or a dict, holds a
-            row for each sample, and is cut with them.
+        extra_args: further arguments of the model. A tensor, array, list or tuple whose length is the batch, also inside a list or a
+            dict, holds an item for each sample, and is cut with them.
         noise_scaler, eta: of the plan, see `er_sde_plan`. The fit is that of the ODE; a plan with noise has the analytic weights at its
             levels, and what the fit added to those of the ODE.
         process: see `er_sde_plan`.
@@ -107,6 +107,10 @@ def calibrate_plan(
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < HELD_BACK:
         what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a float tensor [batch, ...] of at least {HELD_BACK} starts, got {what}")
+    if (size := x.float().square().mean().sqrt().item()) < UNSCALED * pilot_levels[0]:
+        raise ValueError(
+            f"x must be noise scaled to sigmas[0], {pilot_levels[0]:g}, got one of root mean square {size:.3g}: multiply it by sigmas[0]"
+        )
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type must be None or one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
     if batch_size is not None and not (_is_whole(batch_size) and batch_size >= 1):
@@ -150,13 +154,19 @@ def _largest_finite(er_lambdas: Tensor) -> float:
     return er_lambdas[er_lambdas.isfinite()].max().item()
 
 
+def _has_rows(values, count: int) -> bool:
+    return isinstance(values, (Tensor, np.ndarray)) and values.ndim > 0 and len(values) == count
+
+
 def _rows_of(values, rows: Tensor, count: int):
     """Further arguments of a model, cut to some samples."""
-    if isinstance(values, Tensor):
-        return values[rows.to(values.device)] if values.dim() and len(values) == count else values
+    if _has_rows(values, count):
+        return values[rows.to(values.device) if isinstance(values, Tensor) else rows.numpy()]
     if isinstance(values, dict):
         return {key: _rows_of(value, rows, count) for key, value in values.items()}
     if type(values) in (list, tuple):
+        if len(values) == count and not any(_has_rows(value, count) for value in values):  # else a layer's rows are an item
+            return type(values)(values[row] for row in rows.tolist())
         return type(values)(_rows_of(value, rows, count) for value in values)
     return values
 
@@ -207,8 +217,10 @@ class _Runs:
             returned, unconditional = returned
         for output in (returned, returned if unconditional is None else unconditional):
             if not isinstance(output, Tensor) or output.shape != x.shape:
-                what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(f"model must return tensors of the shape of x, {tuple(x.shape)}, got {what}")
+                what = tuple(output.shape) if isinstance(output, Tensor) else f"{type(output).__name__}{inside(output)}"
+                pair = isinstance(output, (tuple, list)) and self.guidance_scale is None
+                remedy = ", or guidance_scale for a pair" if pair else ""
+                raise ValueError(f"model must return tensors of the shape of x, {tuple(x.shape)}, got {what}{remedy}")
         factors = plan.predicting(self.prediction_type or "sample").rows[i].prediction
         if not all(map(math.isfinite, factors)):
             raise ValueError(
@@ -272,6 +284,7 @@ class _Fit:
         runs, rows = self.runs, torch.cat([self.fitted, self.held_back])
         nothing = torch.zeros(self.family.size, dtype=torch.float64, device=CPU)
         uncalibrated = runs.follow(self.family.plan(nothing), rows, keep=lambda values: values[: len(self.fitted)])
+        self.check_repeated(uncalibrated.denoised[0])
         before = uncalibrated._replace(end=uncalibrated.end[: len(self.fitted)])
         most = evaluations * len(runs.x) - self.num_steps * len(self.held_back)
         parameters, run, error = nothing, before, self.residuals(before, nothing)[1]
@@ -282,6 +295,15 @@ class _Fit:
                     parameters, run, error = found
         held = runs.follow(self.family.plan(parameters), self.held_back)
         return parameters, self.report(uncalibrated.end, torch.cat([run.end, held.end]))
+
+    def check_repeated(self, denoised: Tensor) -> None:
+        """Raises where the first predictions of the starts fitted are not those of the pilot, which has the same first level."""
+        difference = (self.runs.seen(denoised) - self.path.first).square().mean().item() / self.variance
+        if not difference <= REPEATED:
+            raise ValueError(
+                f"model must return the same for the same sample, got predictions {difference:.2g} variances apart at the first of "
+                f"sigmas: switch off what is random in it, as model.eval() does of dropout"
+            )
 
     def residuals(self, run: _Run, parameters: Tensor) -> tuple[Tensor, float]:
         """What is left between a run and the pilot, [n, m], and what the fit makes least."""

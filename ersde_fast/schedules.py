@@ -232,8 +232,11 @@ class PilotErrors:
     def place(self, num_steps: int, ends_at_zero: bool) -> Tensor:
         """See `place_sigmas`."""
         levels, errors = self.levels, [*self.errors[2:3] * 2, *self.errors[2:]]  # there is no history of three before
-        if not all(map(math.isfinite, errors)):
-            raise ValueError(f"model must return finite predictions, got errors {errors} of the pilot's steps")
+        if (bad := next((i for i, error in enumerate(self.errors) if not math.isfinite(error)), None)) is not None:
+            raise ValueError(
+                f"model must return finite predictions, got some that are not at sigma {levels[bad]:g}, step {bad} of the pilot: "
+                f"end the pilot above that sigma, start it below, or run the model in a wider dtype"
+            )
         if not any(errors):
             raise ValueError("model must depend on sigma or x: the pilot's orders agree to the bit, so any levels are as good")
         passed = np.concatenate([[0.0], np.cumsum(np.asarray(errors) ** 0.25)])

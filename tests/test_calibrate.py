@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from torch.nn.functional import one_hot
+from torch.nn.functional import dropout, one_hot
 
 from ersde_fast import Plan, calibrate_plan, er_sde_plan, place_sigmas, sample_er_sde
 from ersde_fast.graph import SamplingGraph
@@ -160,12 +161,19 @@ def test_what_the_model_returns_changes_nothing(plan):
     def guided(x, sigma):
         return model(x, sigma), model(x, sigma)
 
-    def told(x, sigma, number, deep, scale):
+    def told(x, sigma, number, deep, scale, prompts, embeddings, layers):
         assert torch.equal(deep["in"][0], number[:, None]) and scale.shape == (3,)
+        assert list(prompts) == [f"a {k}" for k in number] and [int(e) for e in embeddings] == number.tolist()
+        assert len(layers) == 16 and all(torch.equal(layer, number) for layer in layers)
         assert sigma[0] < 40 or torch.equal(x, starts()[number])
         return model(x, sigma)
 
     told_of = {"number": numbers, "deep": {"in": [numbers[:, None]]}, "scale": torch.ones(3)}
+    told_of |= {
+        "prompts": np.array([f"a {k}" for k in range(16)]),
+        "embeddings": list(numbers[:, None]),
+        "layers": (numbers,) * 16,
+    }
     for made in (
         calibrated(of=epsilon, prediction_type="epsilon"),
         calibrated(of=guided, guidance_scale=3.0, guidance=2.5),
@@ -253,7 +261,11 @@ BAD = {
     "guidance_scale": {"guidance_scale": -1.0},
     "sigma_data": {"sigma_data": 0.0},
     "model must return tensors of the shape of x": {"of": lambda x, sigma: x[:1]},
-    "model must return finite predictions": {"of": lambda x, sigma: x * math.nan},
+    r"x must be noise scaled to sigmas\[0\], 40": {"x": starts(sigma=1.0)},
+    "model must return finite predictions, got some that are not at sigma 40": {"of": lambda x, sigma: x * math.nan},
+    f"not at sigma {PILOT[20]:g}, step 20": {"of": lambda x, sigma: x * (1 if sigma[0] > PILOT[20] * 1.01 else math.nan)},
+    "model must return the same for the same sample": {"of": lambda x, sigma: dropout(model(x, sigma))},
+    "or guidance_scale for a pair": {"of": lambda x, sigma: (x, x)},
     "model must depend on sigma or x": {"of": lambda x, sigma: torch.zeros_like(x)},
     "model must give finite results that differ": {"of": lambda x, sigma: torch.zeros_like(x) + sigma[0].sin()},
 }
