@@ -143,7 +143,9 @@ def main():
         f"\nMade: {args.out}/digits.png, 100 digits in 20 evaluations, a class a row; path.png, how they came out of the noise"
     )
     print(f"      beside.png, a row each: {', '.join(distances)}, 8 evaluations each; where all of them lead")
-    print("      five.png, the same digits in 5 evaluations: as they are, and by a plan calibrated to the network")
+    print(
+        "      five.png, 5 evaluations from the same noise: left Karras et al.'s levels, right a plan calibrated to the network"
+    )
     total = sum(times.values())
     print(f"\nTime of 100 digits{'':<11}seconds   share      ({torch.get_num_threads()} threads, seed {args.seed})")
     for name in ("network", "step"):
