@@ -44,7 +44,7 @@ DIFFERENCE = 0.05  # of a parameter, for a derivative: large enough for networks
 SHORTENED = (1.0, 0.8, 0.6)  # what the gaps of the placed levels are multiplied by, where the search on the path begins
 WATERSHED = 0.03  # the error, in variances, from which on a result counts ever less: it is another sample than the pilot's
 UNSCALED = 0.2  # the root mean square of starts, as a share of the first sigma, below which they are not noise of that level
-REPEATED = 2e-3  # how far a prediction may be from the same one asked for again, squared, in variances: rounding in batches of other sizes
+REPEATED = 2e-3  # how far a prediction may be from the same one asked for again, squared, in variances: of sums in any order
 PATIENCE, LITTLE = 3, 0.01  # rounds that may follow one another without gaining so large a part of the error
 
 
@@ -121,7 +121,7 @@ def calibrate_plan(
     least = len(pilot_sigmas) - 1 + 3 * num_steps
     if not _is_whole(evaluations) or evaluations < least:
         raise ValueError(
-            f"evaluations must be at least {least}, for the {len(pilot_sigmas) - 1} of the pilot and three runs of {num_steps} steps, "
+            f"evaluations must be a whole number of at least {least}, for the {len(pilot_sigmas) - 1} of the pilot and three runs of {num_steps} steps, "
             f"got {evaluations!r}: allow more, or give a pilot of fewer sigmas"
         )
     if guidance_scale is not None:
@@ -141,6 +141,7 @@ def calibrate_plan(
         placed = errors.place(num_steps, to_zero)
         fit = _Fit(runs, pilot, followed, Family(placed, _largest_finite(pilot.er_lambdas), process, analytic))
         parameters, report = fit.calibrate(evaluations)
+        bar.total = bar.n  # it ends where no more is gained
     if report.calibrated:
         return replace(fit.family.plan(parameters, **noise), report=report)
     return replace(er_sde_plan(placed, process=process, **noise, **analytic), report=report)
@@ -264,7 +265,10 @@ class _Fit:
         self.target, self.starts = ends[self.fitted], followed.states[0][self.fitted]
         self.variance = ends.var(0, correction=0).mean().item()
         if not 0 < self.variance < math.inf:
-            raise ValueError(f"model must give finite results that differ between starts, got the variance {self.variance}")
+            raise ValueError(
+                f"model must give finite results that differ between starts, got the variance {self.variance}: give each start noise "
+                f"of its own, and end the pilot where the model is finite"
+            )
         self.scale = 1 / math.sqrt(self.target.numel() * self.variance)
         states, denoised = (torch.stack(kept)[:, self.fitted] for kept in (followed.states, followed.denoised))
         alphas = pilot.alphas[: len(states), None, None]
@@ -281,11 +285,13 @@ class _Fit:
 
     def calibrate(self, evaluations: int) -> tuple[Tensor, CalibrationReport]:
         """The parameters, and what the fit did."""
-        runs, rows = self.runs, torch.cat([self.fitted, self.held_back])
+        runs, on = self.runs, self.pilot_end.device
+        fitted, rows = self.fitted.to(on), torch.cat([self.fitted, self.held_back]).to(on)
         nothing = torch.zeros(self.family.size, dtype=torch.float64, device=CPU)
-        uncalibrated = runs.follow(self.family.plan(nothing), rows, keep=lambda values: values[: len(self.fitted)])
+        everyone = torch.arange(len(rows), device=CPU)  # in the pilot's batches, for the same first predictions to the bit
+        uncalibrated = runs.follow(self.family.plan(nothing), everyone, keep=lambda values: values[fitted])
         self.check_repeated(uncalibrated.denoised[0])
-        before = uncalibrated._replace(end=uncalibrated.end[: len(self.fitted)])
+        before = uncalibrated._replace(end=uncalibrated.end[fitted])
         most = evaluations * len(runs.x) - self.num_steps * len(self.held_back)
         parameters, run, error = nothing, before, self.residuals(before, nothing)[1]
         for begin in (self.on_the_path, lambda: nothing[: self.family.num_gaps]):  # the second where the first gains no more
@@ -294,7 +300,7 @@ class _Fit:
                 if found[2] < error:
                     parameters, run, error = found
         held = runs.follow(self.family.plan(parameters), self.held_back)
-        return parameters, self.report(uncalibrated.end, torch.cat([run.end, held.end]))
+        return parameters, self.report(uncalibrated.end[rows], torch.cat([run.end, held.end]))
 
     def check_repeated(self, denoised: Tensor) -> None:
         """Raises where the first predictions of the starts fitted are not those of the pilot, which has the same first level."""

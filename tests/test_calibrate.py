@@ -98,6 +98,17 @@ def test_the_report_counts_every_evaluation():
     assert calibrated(evaluations=24 + 3 * 5).report.evaluations <= 24 + 3 * 5
 
 
+def test_the_bar_ends_where_the_calibration_does(capsys):
+    calls = []
+
+    def counted(x, sigma):
+        calls.append(len(x))
+        return model(x, sigma)
+
+    calibrate_plan(counted, starts(), 5, PILOT, evaluations=90, disable=False)
+    assert f"{sum(calls)}/{sum(calls)}" in capsys.readouterr().err and sum(calls) < 90 * 16
+
+
 def test_what_is_worse_on_the_starts_held_back_is_not_returned():
     """Every fourth start, held back, is of another distribution than those that are fitted."""
     other = torch.arange(16) % 4 == 3
@@ -253,7 +264,7 @@ BAD = {
     "num_steps must be a whole number": {"num_steps": 1},
     "sigmas must have more steps than the 24": {"num_steps": 24},
     "sigmas must hold at least 4": {"sigmas": [4.0, 2.0, 0.0]},
-    "evaluations must be at least 39": {"evaluations": 38},
+    "evaluations must be a whole number of at least 39": {"evaluations": 38},
     "batch_size must be None or": {"batch_size": 0},
     "prediction_type must be None or": {"prediction_type": "noise"},
     "noise_scaler": {"noise_scaler": "sde_9"},
