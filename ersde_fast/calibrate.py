@@ -109,7 +109,8 @@ def calibrate_plan(
         raise ValueError(f"x must be a float tensor [batch, ...] of at least {HELD_BACK} starts, got {what}")
     if (size := x.float().square().mean().sqrt().item()) < UNSCALED * pilot_levels[0]:
         raise ValueError(
-            f"x must be noise scaled to sigmas[0], {pilot_levels[0]:g}, got one of root mean square {size:.3g}: multiply it by sigmas[0]"
+            f"x must be noise scaled to sigmas[0], {pilot_levels[0]:g}, got one of root mean square {size:.3g}: multiply it by "
+            f"sigmas[0]"
         )
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type must be None or one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
@@ -121,8 +122,8 @@ def calibrate_plan(
     least = len(pilot_sigmas) - 1 + 3 * num_steps
     if not _is_whole(evaluations) or evaluations < least:
         raise ValueError(
-            f"evaluations must be a whole number of at least {least}, for the {len(pilot_sigmas) - 1} of the pilot and three runs of {num_steps} steps, "
-            f"got {evaluations!r}: allow more, or give a pilot of fewer sigmas"
+            f"evaluations must be a whole number of at least {least}, for the {len(pilot_sigmas) - 1} of the pilot and three runs of "
+            f"{num_steps} steps, got {evaluations!r}: allow more, or give a pilot of fewer sigmas"
         )
     if guidance_scale is not None:
         guidance_scale = nonnegative("guidance_scale", guidance_scale)

@@ -12,11 +12,9 @@ from torch import Tensor
 from .noise import float64_device
 from .plan import er_sde_plan, on_host
 from .sample import sample_plan
-from .weights import Process
+from .weights import CPU, Process
 
 __all__ = ["exponential_sigmas", "flow_sigmas", "karras_sigmas", "place_sigmas", "uniform_log_snr_sigmas"]
-
-CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
 
 
 def karras_sigmas(

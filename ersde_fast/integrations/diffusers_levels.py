@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ..schedules import karras_sigmas
+from ..weights import CPU
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "flow"}
 SMALLEST_ALPHA_CUMPROD = 2.0**-24  # stands for 0 at zero terminal SNR, as in diffusers, so that er_lambda stays finite
-CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
 OF_BETAS = {
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale",
 }  # fmt: skip
