@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ersde_fast import (
+    calibrate_plan,
     er_sde_plan,
     fast_step,
     noise,
@@ -189,6 +190,21 @@ def test_levels_placed_by_a_run_there(device):
     x, levels = randn(4, 16) * 10, torch.tensor([10.0, 7.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.0])
     placed = place_sigmas(model, x.to(device), levels.to(device), 4)
     torch.testing.assert_close(placed, place_sigmas(model, x, levels, 4), rtol=1e-4, atol=0)
+
+
+def test_a_plan_calibrated_there(device):
+    """Starts and labels lie there; with evaluations for the fit on the way alone, since rounds would magnify rounding."""
+
+    def model(x, sigma, shift):
+        return shift + torch.tanh(x - shift) / (1 + sigma.reshape(-1, 1) ** 2)
+
+    x, levels, shift = randn(8, 16) * 10, torch.tensor([10.0, 7.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.0]), randn(8, 1)
+    made = [
+        calibrate_plan(model, x.to(where), 3, levels, {"shift": shift.to(where)}, evaluations=18, disable=True)
+        for where in ("cpu", device)
+    ]
+    assert made[0].report.calibrated and made[1].report.calibrated
+    torch.testing.assert_close(made[1].table, made[0].table, rtol=1e-3, atol=1e-4)
 
 
 def test_derivatives(device):
