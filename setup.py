@@ -163,8 +163,12 @@ class BuildOrSay(command):
         if REQUIRE and not PURE and not extensions:
             raise SetupError(reasons["cpu"])
         objects = [] if PURE else self.build_library(folder)
+        of_setuptools = (
+            {key: value for key, value in vars(self.extensions[0]).items() if key.startswith("_")} if self.extensions else {}
+        )
         self.extensions = []
         for backend, ext in extensions.items() if "cpu" not in reasons else ():
+            vars(ext).update(of_setuptools)  # what it found out of the one that it was given, and wants of each
             ext.extra_objects = objects
             self.extensions = [ext]
             try:
