@@ -13,6 +13,7 @@ from ersde_fast.request import OutputArguments, checked
 
 PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=3, s_noise=0.9, sigma_data=0.5)
 FLOW = er_sde_plan([1, 0.9, 0.8, 0.6, 0.4, 0.2, 0], process="flow", order=2)
+STACK = stack_plans([PLAN])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -209,3 +210,12 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"history must hold the 3 newest predictions"):
         step_log_prob(PLAN, 4, x, history[:1], x)
     assert math.isnan(step_log_prob(PLAN, 4, x, history, x * math.nan)[0])
+
+
+@pytest.mark.usefixtures("cpu_way")
+def test_a_sample_without_dimensions_at_a_step_of_a_stack():
+    x, history = inputs(())
+    x_next, log_prob = fast_step(STACK, (torch.tensor([0]), torch.tensor([4])), x, history, seed=5, return_log_prob=True)
+    expected, density = fast_step(PLAN, 4, x, history, seed=5, return_log_prob=True)
+    assert torch.equal(x_next, expected)
+    torch.testing.assert_close(log_prob, density, rtol=1e-14, atol=0)
