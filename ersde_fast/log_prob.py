@@ -140,20 +140,25 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, request, reduction, x_next, *terms):
-        ctx.save_for_backward(x_next, *terms)
-        output = None if request.output is None else request.output._replace(unconditional=None)
+        plan_index, step_index = request.i if isinstance(request.i, tuple) else (None, request.i)
+        scale = None if request.output is None else request.output.scale
+        numbers = (t if isinstance(t, Tensor) else None for t in (plan_index, step_index, scale))
+        ctx.save_for_backward(x_next, *numbers, *terms)  # all, so that none changes unseen before the gradients are made
         ctx.guided = len(terms) > 1 + len(request.history)
+        output = None if request.output is None else request.output._replace(unconditional=None)
         ctx.backend, ctx.reduction, ctx.request = backend, reduction, request._replace(x=None, history=(), output=output)
         result = backend.log_prob(request, x_next, reduction)
         return reference_log_prob(request, x_next, reduction) if result is None else result
 
     @staticmethod
     def backward(ctx, gradient):
-        x_next, x, *history = ctx.saved_tensors
-        request = ctx.request
+        x_next, plan_index, step_index, scale, x, *history = ctx.saved_tensors
+        request, output = ctx.request, ctx.request.output
+        if step_index is not None:
+            request = request._replace(i=step_index if plan_index is None else (plan_index, step_index))
         if ctx.guided:
-            request = request._replace(output=request.output._replace(unconditional=history.pop()))
-        request = request._replace(x=x, history=history)
+            output = output._replace(unconditional=history.pop(), scale=output.scale if scale is None else scale)
+        request = request._replace(x=x, history=history, output=output)
         _, _, _, *needed = ctx.needs_input_grad
         needed, of = [*needed[1:], needed[0]], [*_terms(request), x_next]
         batch, size = _batch_and_size(x_next)

@@ -219,3 +219,20 @@ def test_a_sample_without_dimensions_at_a_step_of_a_stack():
     expected, density = fast_step(PLAN, 4, x, history, seed=5, return_log_prob=True)
     assert torch.equal(x_next, expected)
     torch.testing.assert_close(log_prob, density, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("changed", ["i", "plan_index", "step_index", "scale", "x", "history", "guide", "x_next"])
+def test_what_changes_before_the_gradients_are_made_is_refused(changed):
+    """Or they would be those of another step."""
+    x, (output, a, b, guide, x_next) = inputs((2, 5), 6)
+    output.requires_grad_()
+    given = {"x": x, "history": a, "guide": guide, "x_next": x_next, "scale": torch.tensor([2.0, 3.0], dtype=torch.float64)}
+    plan, index = PLAN, torch.tensor(4)
+    given["i"] = index
+    if changed in ("plan_index", "step_index"):
+        plan, index = stack_plans([PLAN, PLAN]), (torch.tensor([0, 1]), torch.tensor([4, 3]))
+        given["plan_index"], given["step_index"] = index
+    log_prob = step_log_prob(plan, index, x, [output, a, b], x_next, prediction_type="v", guidance=(guide, given["scale"]))
+    given[changed].mul_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_prob.sum().backward()
