@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from .backends import CPU, CUDA
 from .backends.compiled import Compiled
@@ -165,7 +166,7 @@ class _LogProb(torch.autograd.Function):
         if ctx.reduction == "mean":
             gradient = gradient / size
         gradients = None
-        if not torch.is_grad_enabled() and is_unwatched():
+        if not torch.is_grad_enabled() and is_unwatched() and not is_legacy_batchedtensor(gradient):  # of is_grads_batched
             gradients = ctx.backend.log_prob_gradients(
                 request,
                 x_next,

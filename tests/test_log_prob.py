@@ -236,3 +236,13 @@ def test_what_changes_before_the_gradients_are_made_is_refused(changed):
     given[changed].mul_(0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         log_prob.sum().backward()
+
+
+@pytest.mark.usefixtures("cpu_way")
+def test_gradients_of_several_log_densities_at_once():
+    x, (x_next, *history) = inputs((3, 5), 5)
+    history[0].requires_grad_()
+    log_prob = step_log_prob(PLAN, 4, x, history, x_next)
+    one_by_one = [torch.autograd.grad(log_prob[b], history[0], retain_graph=True)[0] for b in range(3)]
+    (at_once,) = torch.autograd.grad(log_prob, history[0], torch.eye(3, dtype=torch.float64), is_grads_batched=True)
+    torch.testing.assert_close(at_once, torch.stack(one_by_one))
