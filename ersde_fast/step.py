@@ -183,6 +183,8 @@ def _plain_with_log_prob(plan, i, x, history, source, output, reduction) -> tupl
         if (plain := _output_if_plain(plan, *output)) is None:
             return None
         table, unconditional, scale = plain
+        if isinstance(scale, Tensor) and scale.requires_grad:  # the density is followed with respect to it too
+            return None
     noise, generator, seeds = source
     return kernel.step(
         table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, predicts=output[0] is not None,

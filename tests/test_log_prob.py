@@ -246,3 +246,15 @@ def test_gradients_of_several_log_densities_at_once():
     one_by_one = [torch.autograd.grad(log_prob[b], history[0], retain_graph=True)[0] for b in range(3)]
     (at_once,) = torch.autograd.grad(log_prob, history[0], torch.eye(3, dtype=torch.float64), is_grads_batched=True)
     torch.testing.assert_close(at_once, torch.stack(one_by_one))
+
+
+@pytest.mark.usefixtures("cpu_way")
+def test_the_gradient_of_a_scale_beside_the_step():
+    """The next sample does not depend on it as the density does, whose sample is a constant."""
+    x, (output, a, b, guide) = inputs((2, 5), 5)
+    scale = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    output_of = {"prediction_type": "v", "guidance": (guide, scale)}
+    x_next, _, beside = fast_step(PLAN, 4, x, [output, a, b], seed=5, return_log_prob=True, **output_of)
+    alone = step_log_prob(PLAN, 4, x, [output, a, b], x_next, **output_of)
+    gradients = [torch.autograd.grad(density.sum(), scale)[0] for density in (beside, alone)]
+    assert torch.equal(*gradients) and gradients[0].all()
