@@ -15,7 +15,7 @@ from .backends.library import is_unwatched
 from .noise import float64_device, has_values
 from .plan import Plan, PlanStack
 from .reference import linear_combination, per_sample, row_of_request
-from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_like, checked, known_row, model_output
+from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_like, checked, known_row, model_output, pair_of
 from .table import W_NOISE
 
 Reduction = Literal["sum", "mean"]
@@ -52,13 +52,17 @@ def step_log_prob(
         float64 [batch] on the device of x; [] for a 0-d x.
 
     Raises:
-        ValueError: where the device has no float64; where the step adds no noise, so that its result has no density; as NaN where only the device knows.
+        ValueError: where the device has no float64; where the step adds no noise, so that its result has no density; as NaN in compiled code and where
+            only the device knows. In compiled code a prediction that is missing gives NaN too.
 
     Source: the Gaussian that the step of arXiv 2309.06169 draws from, as arXiv 2305.13301 trains with.
     """
     check_reduction("reduction", reduction)
     output = OutputArguments(prediction_type, guidance, cfg_pp)
     if torch.compiler.is_dynamo_compiling():
+        history, guides = history[: plan.order], [] if guidance is None else [("guidance[0]", pair_of(guidance)[0])]
+        for name, tensor in [("x_next", x_next), *((f"history[{j}]", d) for j, d in enumerate(history)), *guides]:
+            check_like(name, tensor, x)
         return log_prob(
             StepRequest(plan.predicting(prediction_type, cfg_pp), i, x, history, output=model_output(output)), x_next, reduction
         )
@@ -97,7 +101,7 @@ def _terms(request: StepRequest) -> list[Tensor]:
 
 def _gaussian(request: StepRequest) -> tuple[list, Any]:
     """The weight of each term in the mean, with a model's output unrounded, and the standard deviation, which is NaN where the step
-    adds no noise: numbers, or tensors that broadcast with x."""
+    adds no noise, or reads a prediction that is missing: numbers, or tensors that broadcast with x."""
     row = row_of_request(request)
     weights: list[Any] = [row.w_x, *row.w_d[: len(request.history)]]
     if request.output is not None:
@@ -110,7 +114,8 @@ def _gaussian(request: StepRequest) -> tuple[list, Any]:
             weights.append((row.w_guide if cfg_pp else 0.0) + newest * (p_m * (1 - scale)))
     std = row.w_noise
     if isinstance(std, Tensor):
-        return weights, torch.where(std > 0, std, math.nan)
+        missing = (w != 0 for w in row.w_d[len(request.history) :])
+        return weights, torch.where(functools.reduce(torch.logical_or, missing, ~(std > 0)), math.nan, std)
     return weights, std if std > 0 else math.nan
 
 

@@ -258,3 +258,42 @@ def test_the_gradient_of_a_scale_beside_the_step():
     alone = step_log_prob(PLAN, 4, x, [output, a, b], x_next, **output_of)
     gradients = [torch.autograd.grad(density.sum(), scale)[0] for density in (beside, alone)]
     assert torch.equal(*gradients) and gradients[0].all()
+
+
+@pytest.mark.parametrize(
+    "i, output", [(1, {}), (4, {"guidance": 0.6, "cfg_pp": True}), (torch.tensor(4), {"prediction_type": "v"})]
+)
+def test_compiled(i, output):
+    """Its numbers and gradients, with a history longer than is read."""
+    torch._dynamo.reset()
+    x, (x_next, guide, *history) = inputs((2, 5), 7)
+    if "guidance" in output:
+        output = output | {"prediction_type": "v", "guidance": (guide, output["guidance"])}
+    density = lambda x, x_next, *history: step_log_prob(PLAN, i, x, list(history), x_next, **output)  # noqa: E731
+    leaves = [t.requires_grad_() for t in (x, x_next, *history[:2])]
+    results = [f(*leaves, *history[2:]) for f in (density, torch.compile(density, backend="aot_eager", fullgraph=True))]
+    torch.testing.assert_close(*results, rtol=1e-13, atol=0)
+    gradients = [torch.autograd.grad(result.sum(), leaves) for result in results]
+    torch.testing.assert_close(*gradients)
+
+
+def test_compiled_code_refuses_what_does_not_fit():
+    torch._dynamo.reset()
+    compiled = lambda function: torch.compile(function, backend="eager")  # noqa: E731
+    x, (x_next, *history) = inputs((2, 5), 5)
+    density = lambda x, x_next, *history, **of: step_log_prob(PLAN, 4, x, list(history), x_next, **of)  # noqa: E731
+    step = lambda x, **of: fast_step(PLAN, 4, x, history, seed=5, **of)  # noqa: E731
+    with pytest.raises(Exception, match=r"x_next must have the shape of x, \(2, 5\), got \(1, 5\)"):
+        compiled(density)(x, x_next[:1], *history)
+    with pytest.raises(Exception, match=r"history\[0\] must have the shape of x"):
+        compiled(density)(x, x_next, history[0][:1], *history[1:])
+    with pytest.raises(Exception, match=r"guidance\[0\] must have the shape of x"):
+        compiled(density)(x, x_next, *history, prediction_type="v", guidance=(x_next[:1], 2.0))
+    with pytest.raises(Exception, match="log_prob_reduction must be"):
+        compiled(step)(x, return_log_prob=True, log_prob_reduction="max")
+    with pytest.raises(Exception, match="needs return_log_prob=True"):
+        compiled(step)(x, log_prob_reduction="mean")
+    short = lambda x, x_next, newest: step_log_prob(PLAN, 4, x, [newest], x_next)  # noqa: E731
+    assert compiled(short)(x, x_next, history[0]).isnan().all()  # predictions are missing
+    early = lambda x, x_next, newest: step_log_prob(PLAN, 0, x, [newest], x_next)  # noqa: E731
+    torch.testing.assert_close(compiled(early)(x, x_next, history[0]), early(x, x_next, history[0]), rtol=1e-13, atol=0)
