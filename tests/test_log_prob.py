@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob
 from ersde_fast.backends import CPU, compiled, extension, library
@@ -297,3 +298,17 @@ def test_compiled_code_refuses_what_does_not_fit():
     assert compiled(short)(x, x_next, history[0]).isnan().all()  # predictions are missing
     early = lambda x, x_next, newest: step_log_prob(PLAN, 0, x, [newest], x_next)  # noqa: E731
     torch.testing.assert_close(compiled(early)(x, x_next, history[0]), early(x, x_next, history[0]), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("of_stack", [False, True])
+def test_fake_tensors(of_stack):
+    x, (x_next, *history) = inputs((2, 5), 5)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor
+        plan, i = PLAN, 4
+        if of_stack:
+            plan, i = STACK, (fake(torch.tensor([0, 0])), fake(torch.tensor([4, 3])))
+        args = plan, i, fake(x), [fake(d) for d in history]
+        log_probs = step_log_prob(*args, fake(x_next)), fast_step(*args, seed=5, return_log_prob=True)[1]
+    for log_prob in log_probs:
+        assert type(log_prob).__name__ == "FakeTensor" and log_prob.shape == (2,) and log_prob.dtype == torch.float64
