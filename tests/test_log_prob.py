@@ -312,3 +312,15 @@ def test_fake_tensors(of_stack):
         log_probs = step_log_prob(*args, fake(x_next)), fast_step(*args, seed=5, return_log_prob=True)[1]
     for log_prob in log_probs:
         assert type(log_prob).__name__ == "FakeTensor" and log_prob.shape == (2,) and log_prob.dtype == torch.float64
+
+
+@pytest.mark.usefixtures("cpu_way")
+def test_zeros_without_memory():
+    """Which tangents may be: no kernel reads them."""
+    x, (x_next, a, b) = inputs((2, 5))
+    zeros, none = torch.zeros(2, 5), torch._efficientzerotensor((2, 5))
+    for step in (
+        lambda d: fast_step(PLAN, 4, x, [a, d, b], seed=5, return_log_prob=True),
+        lambda d: [fast_step(PLAN, 4, x, [a, d, b], seed=5), step_log_prob(PLAN, 4, x, [a, d, b], x_next)],
+    ):
+        torch.testing.assert_close(step(none), step(zeros))
