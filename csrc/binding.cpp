@@ -315,7 +315,7 @@ py::object step(const StepCall& call) {
   }
   a.batched = sums || a.drawn.source == ersde::Noise::portable || a.rows.index_stride || a.rows.scales;
   if (sums && a.rows.index_stride && x.is_cpu()) {
-    for (int64_t b = 0; b < x.size(0); ++b) {
+    for (int64_t b = 0; b < (x.dim() ? x.size(0) : 1); ++b) {
       if (ersde::row_of(a.rows, b)[ersde::kWNoise] == 0) return py::none();
     }
   }

@@ -192,6 +192,7 @@ bool words_of(const int64_t* objects, const ExchangeAPI* api, int64_t* words) {
     const int dtype = dtype_of(t);
     if (dtype < 0 || t.dims != x.dims || !std::equal(t.sizes, t.sizes + t.dims, x.sizes)) return false;
     if (device_of(t) != device_of(x) || t.device_index != x.device_index) return false;
+    if (!t.data && std::find(t.sizes, t.sizes + t.dims, 0) == t.sizes + t.dims) return false;  // zeros without memory
     *next++ = reinterpret_cast<int64_t>(t.data) + (int64_t)t.byte_offset;
     *next++ = dtype;
     next = std::copy_n(t.strides, t.dims, next);

@@ -40,11 +40,12 @@ bool dtype_of(const at::Tensor& t, DType& out) {
 const at::Tensor* tensor_of(py::handle h) { return THPVariable_Check(h.ptr()) ? &THPVariable_Unpack(h.ptr()) : nullptr; }
 
 // A plain strided tensor with memory of its own: not a subclass that dispatches to Python, not a functorch wrapper, not a
-// lazy conjugate or negative.
+// lazy conjugate or negative, nor zeros without memory, as tangents may be.
 bool is_plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet wrapped({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchGradWrapper,
                                          c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Functionalize,
-                                         c10::DispatchKey::Conjugate, c10::DispatchKey::Negative});
+                                         c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
+                                         c10::DispatchKey::ZeroTensor});
   return t.layout() == at::kStrided && !t.key_set().has_any(wrapped);
 }
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from .backends import CPU, CUDA
 from .backends.compiled import Compiled
@@ -14,7 +15,7 @@ from .backends.library import is_unwatched
 from .noise import float64_device, has_values
 from .plan import Plan, PlanStack
 from .reference import linear_combination, per_sample, row_of_request
-from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_like, checked, known_row, model_output
+from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_like, checked, known_row, model_output, pair_of
 from .table import W_NOISE
 
 Reduction = Literal["sum", "mean"]
@@ -51,13 +52,17 @@ def step_log_prob(
         float64 [batch] on the device of x; [] for a 0-d x.
 
     Raises:
-        ValueError: where the device has no float64; where the step adds no noise, so that its result has no density; as NaN where only the device knows.
+        ValueError: where the device has no float64; where the step adds no noise, so that its result has no density; as NaN in compiled code and where
+            only the device knows. In compiled code a prediction that is missing gives NaN too.
 
     Source: the Gaussian that the step of arXiv 2309.06169 draws from, as arXiv 2305.13301 trains with.
     """
     check_reduction("reduction", reduction)
     output = OutputArguments(prediction_type, guidance, cfg_pp)
     if torch.compiler.is_dynamo_compiling():
+        history, guides = history[: plan.order], [] if guidance is None else [("guidance[0]", pair_of(guidance)[0])]
+        for name, tensor in [("x_next", x_next), *((f"history[{j}]", d) for j, d in enumerate(history)), *guides]:
+            check_like(name, tensor, x)
         return log_prob(
             StepRequest(plan.predicting(prediction_type, cfg_pp), i, x, history, output=model_output(output)), x_next, reduction
         )
@@ -96,7 +101,7 @@ def _terms(request: StepRequest) -> list[Tensor]:
 
 def _gaussian(request: StepRequest) -> tuple[list, Any]:
     """The weight of each term in the mean, with a model's output unrounded, and the standard deviation, which is NaN where the step
-    adds no noise: numbers, or tensors that broadcast with x."""
+    adds no noise, or reads a prediction that is missing: numbers, or tensors that broadcast with x."""
     row = row_of_request(request)
     weights: list[Any] = [row.w_x, *row.w_d[: len(request.history)]]
     if request.output is not None:
@@ -109,7 +114,8 @@ def _gaussian(request: StepRequest) -> tuple[list, Any]:
             weights.append((row.w_guide if cfg_pp else 0.0) + newest * (p_m * (1 - scale)))
     std = row.w_noise
     if isinstance(std, Tensor):
-        return weights, torch.where(std > 0, std, math.nan)
+        missing = (w != 0 for w in row.w_d[len(request.history) :])
+        return weights, torch.where(functools.reduce(torch.logical_or, missing, ~(std > 0)), math.nan, std)
     return weights, std if std > 0 else math.nan
 
 
@@ -140,27 +146,32 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, request, reduction, x_next, *terms):
-        ctx.save_for_backward(x_next, *terms)
-        output = None if request.output is None else request.output._replace(unconditional=None)
+        plan_index, step_index = request.i if isinstance(request.i, tuple) else (None, request.i)
+        scale = None if request.output is None else request.output.scale
+        numbers = (t if isinstance(t, Tensor) else None for t in (plan_index, step_index, scale))
+        ctx.save_for_backward(x_next, *numbers, *terms)  # all, so that none changes unseen before the gradients are made
         ctx.guided = len(terms) > 1 + len(request.history)
+        output = None if request.output is None else request.output._replace(unconditional=None)
         ctx.backend, ctx.reduction, ctx.request = backend, reduction, request._replace(x=None, history=(), output=output)
         result = backend.log_prob(request, x_next, reduction)
         return reference_log_prob(request, x_next, reduction) if result is None else result
 
     @staticmethod
     def backward(ctx, gradient):
-        x_next, x, *history = ctx.saved_tensors
-        request = ctx.request
+        x_next, plan_index, step_index, scale, x, *history = ctx.saved_tensors
+        request, output = ctx.request, ctx.request.output
+        if step_index is not None:
+            request = request._replace(i=step_index if plan_index is None else (plan_index, step_index))
         if ctx.guided:
-            request = request._replace(output=request.output._replace(unconditional=history.pop()))
-        request = request._replace(x=x, history=history)
+            output = output._replace(unconditional=history.pop(), scale=output.scale if scale is None else scale)
+        request = request._replace(x=x, history=history, output=output)
         _, _, _, *needed = ctx.needs_input_grad
         needed, of = [*needed[1:], needed[0]], [*_terms(request), x_next]
         batch, size = _batch_and_size(x_next)
         if ctx.reduction == "mean":
             gradient = gradient / size
         gradients = None
-        if not torch.is_grad_enabled() and is_unwatched():
+        if not torch.is_grad_enabled() and is_unwatched() and not is_legacy_batchedtensor(gradient):  # of is_grads_batched
             gradients = ctx.backend.log_prob_gradients(
                 request,
                 x_next,

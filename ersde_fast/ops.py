@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import choose
 from .noise import Portable, TorchStream, float64_device, seed_table
-from .reference import look_up, per_sample, table_for
+from .reference import fake_as, look_up, per_sample, table_for
 from .request import ModelOutput, StepRequest
 from .table import W_D, W_NOISE, Row, Table
 
@@ -66,10 +66,7 @@ def run(request: StepRequest):
     table = table_for(request.plan, step_index if plan_index is None else i, x)
     if isinstance(noise, Portable):
         seeds, shard, noise = _seeds_to_trace(noise.seeds, x), (list(noise.global_shape), list(noise.global_start)), None
-    fake_mode = getattr(x, "fake_mode", None)
-    if fake_mode is not None and not fake_mode.allow_non_fake_inputs:
-        fake = functools.partial(_fake, fake_mode)
-        table, plan_index, step_index, seeds = map(fake, (table, plan_index, step_index, seeds))
+    table, plan_index, step_index, seeds = (fake_as(x, t) for t in (table, plan_index, step_index, seeds))
     if isinstance(noise, TorchStream):
         noise = noise.draw(x) if request.draws else None
     arguments = (table, plan_index, step_index, x, list(request.history), noise, seeds, *shard)
@@ -79,12 +76,6 @@ def run(request: StepRequest):
     if unconditional is not None and not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=torch.float64, device="cpu")
     return STEP_FROM_OUTPUT(*arguments, unconditional, scale, cfg_pp)
-
-
-def _fake(fake_mode, tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or type(tensor).__name__ in TRACED:
-        return tensor
-    return fake_mode.from_tensor(tensor, static_shapes=True)
 
 
 def _seeds_to_trace(seeds, x: Tensor) -> Tensor:

@@ -102,7 +102,16 @@ def per_sample(values: Tensor, dim: int) -> Tensor:
 
 
 def row_of_request(request: "StepRequest") -> Row:
-    return row_of(table_for(request.plan, request.i, request.x), request.i, request.x)
+    table = fake_as(request.x, table_for(request.plan, request.i, request.x))
+    return row_of(table, request.i, request.x)
+
+
+def fake_as(x: Tensor, tensor: Tensor | None) -> Tensor | None:
+    """A tensor without numbers in the place of one that x, which has none, cannot meet; else the tensor itself."""
+    mode = getattr(x, "fake_mode", None)
+    if mode is None or mode.allow_non_fake_inputs or tensor is None or type(tensor) is not Tensor:
+        return tensor
+    return mode.from_tensor(tensor, static_shapes=True)
 
 
 def portable_noise_of(request: "StepRequest", draw: Callable[..., Tensor] = specified_noise) -> Tensor | None:

@@ -98,6 +98,7 @@ def fast_step(
     if is_dynamo_compiling():
         if out is not None or backend is not None or torch_layout is not None:
             raise ValueError("out, backend and torch_layout cannot be traced: leave them out in compiled code")
+        _check_reduction(log_prob_reduction, return_log_prob)
         check_one_source(noise=noise, generator=generator, seed=seed)
         given = NoiseArguments(noise, generator, seed, global_shape, global_start)
         output = model_output(OutputArguments(prediction_type, guidance, cfg_pp))
@@ -134,9 +135,7 @@ def fast_step(
         if result is not None:
             return result
 
-    check_reduction("log_prob_reduction", log_prob_reduction)
-    if log_prob_reduction != "sum" and not return_log_prob:
-        raise ValueError(f"log_prob_reduction={log_prob_reduction!r} needs return_log_prob=True")
+    _check_reduction(log_prob_reduction, return_log_prob)
     given = NoiseArguments(noise, generator, seed, global_shape, global_start, torch_layout)
     request = checked(plan, i, x, history, given, OutputArguments(prediction_type, guidance, cfg_pp), out)
     if isinstance(i, tuple) and plan.draws and isinstance(request.noise, TorchStream):
@@ -157,6 +156,12 @@ def step_of(request: StepRequest, backend: str | None = None):
             raise ValueError(f'backend "{backend}" cannot run this step: {why}: leave backend out, or name "reference"')
         return written_to(request.out, ops.run(request))
     return choose(request, backend).run(request)
+
+
+def _check_reduction(reduction, wanted: bool) -> None:
+    check_reduction("log_prob_reduction", reduction)
+    if reduction != "sum" and not wanted:
+        raise ValueError(f"log_prob_reduction={reduction!r} needs return_log_prob=True")
 
 
 def _output_if_plain(plan, prediction_type, guidance, cfg_pp) -> tuple | None:
@@ -183,6 +188,8 @@ def _plain_with_log_prob(plan, i, x, history, source, output, reduction) -> tupl
         if (plain := _output_if_plain(plan, *output)) is None:
             return None
         table, unconditional, scale = plain
+        if isinstance(scale, Tensor) and scale.requires_grad:  # the density is followed with respect to it too
+            return None
     noise, generator, seeds = source
     return kernel.step(
         table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, predicts=output[0] is not None,

@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from distributed_cases import PLAN, SHAPE, model
 from safetensors.torch import load_file, save_file
 
 from ersde_fast import er_sde_plan, fast_step, portable_noise, sample_er_sde
-from ersde_fast.distributed import generate, load_samples
+from ersde_fast.distributed import generate, generation, load_samples
 from ersde_fast.distributed.generation import INDEX
 
 KILLS = int(os.environ.get("ERSDE_FAST_KILLS", 1))
@@ -106,6 +107,25 @@ def test_labels_of_seeds_and_what_is_kept(tmp_path):
         lambda x, s: model(x, s) + 2, 10 * portable_noise((1, *SHAPE), 5, step=-1), PLAN.sigmas, disable=True, seed=[5]
     )
     assert torch.equal(kept[5], transform(alone)[0])
+
+
+def test_a_transform_may_write_every_batch_to_the_same_memory(tmp_path, monkeypatch):
+    """A batch may be written to disk only when the next has been computed."""
+    memory, write, calls, twice = torch.empty(4, *SHAPE), generation._write, itertools.count(), threading.Event()
+
+    def transform(x):
+        memory.copy_(x)
+        if next(calls) == 1:
+            twice.set()
+        return memory
+
+    def write_late(*args):
+        assert twice.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(generation, "_write", write_late)
+    generate(model, PLAN, range(8), SHAPE, tmp_path, 4, transform=transform, progress=False)
+    assert torch.equal(load_samples(tmp_path), expected(range(8)))
 
 
 def test_from_a_models_raw_output(tmp_path):

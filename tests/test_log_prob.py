@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob
 from ersde_fast.backends import CPU, compiled, extension, library
@@ -13,6 +14,7 @@ from ersde_fast.request import OutputArguments, checked
 
 PLAN = er_sde_plan([9, 8, 6.5, 5, 4, 3, 0], order=3, s_noise=0.9, sigma_data=0.5)
 FLOW = er_sde_plan([1, 0.9, 0.8, 0.6, 0.4, 0.2, 0], process="flow", order=2)
+STACK = stack_plans([PLAN])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -209,3 +211,116 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"history must hold the 3 newest predictions"):
         step_log_prob(PLAN, 4, x, history[:1], x)
     assert math.isnan(step_log_prob(PLAN, 4, x, history, x * math.nan)[0])
+
+
+@pytest.mark.usefixtures("cpu_way")
+def test_a_sample_without_dimensions_at_a_step_of_a_stack():
+    x, history = inputs(())
+    x_next, log_prob = fast_step(STACK, (torch.tensor([0]), torch.tensor([4])), x, history, seed=5, return_log_prob=True)
+    expected, density = fast_step(PLAN, 4, x, history, seed=5, return_log_prob=True)
+    assert torch.equal(x_next, expected)
+    torch.testing.assert_close(log_prob, density, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("changed", ["i", "plan_index", "step_index", "scale", "x", "history", "guide", "x_next"])
+def test_what_changes_before_the_gradients_are_made_is_refused(changed):
+    """Or they would be those of another step."""
+    x, (output, a, b, guide, x_next) = inputs((2, 5), 6)
+    output.requires_grad_()
+    given = {"x": x, "history": a, "guide": guide, "x_next": x_next, "scale": torch.tensor([2.0, 3.0], dtype=torch.float64)}
+    plan, index = PLAN, torch.tensor(4)
+    given["i"] = index
+    if changed in ("plan_index", "step_index"):
+        plan, index = stack_plans([PLAN, PLAN]), (torch.tensor([0, 1]), torch.tensor([4, 3]))
+        given["plan_index"], given["step_index"] = index
+    log_prob = step_log_prob(plan, index, x, [output, a, b], x_next, prediction_type="v", guidance=(guide, given["scale"]))
+    given[changed].mul_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_prob.sum().backward()
+
+
+@pytest.mark.usefixtures("cpu_way")
+def test_gradients_of_several_log_densities_at_once():
+    x, (x_next, *history) = inputs((3, 5), 5)
+    history[0].requires_grad_()
+    log_prob = step_log_prob(PLAN, 4, x, history, x_next)
+    one_by_one = [torch.autograd.grad(log_prob[b], history[0], retain_graph=True)[0] for b in range(3)]
+    (at_once,) = torch.autograd.grad(log_prob, history[0], torch.eye(3, dtype=torch.float64), is_grads_batched=True)
+    torch.testing.assert_close(at_once, torch.stack(one_by_one))
+
+
+@pytest.mark.usefixtures("cpu_way")
+def test_the_gradient_of_a_scale_beside_the_step():
+    """The next sample does not depend on it as the density does, whose sample is a constant."""
+    x, (output, a, b, guide) = inputs((2, 5), 5)
+    scale = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    output_of = {"prediction_type": "v", "guidance": (guide, scale)}
+    x_next, _, beside = fast_step(PLAN, 4, x, [output, a, b], seed=5, return_log_prob=True, **output_of)
+    alone = step_log_prob(PLAN, 4, x, [output, a, b], x_next, **output_of)
+    gradients = [torch.autograd.grad(density.sum(), scale)[0] for density in (beside, alone)]
+    assert torch.equal(*gradients) and gradients[0].all()
+
+
+@pytest.mark.parametrize(
+    "i, output", [(1, {}), (4, {"guidance": 0.6, "cfg_pp": True}), (torch.tensor(4), {"prediction_type": "v"})]
+)
+def test_compiled(i, output):
+    """Its numbers and gradients, with a history longer than is read."""
+    torch._dynamo.reset()
+    x, (x_next, guide, *history) = inputs((2, 5), 7)
+    if "guidance" in output:
+        output = output | {"prediction_type": "v", "guidance": (guide, output["guidance"])}
+    density = lambda x, x_next, *history: step_log_prob(PLAN, i, x, list(history), x_next, **output)  # noqa: E731
+    leaves = [t.requires_grad_() for t in (x, x_next, *history[:2])]
+    results = [f(*leaves, *history[2:]) for f in (density, torch.compile(density, backend="aot_eager", fullgraph=True))]
+    torch.testing.assert_close(*results, rtol=1e-13, atol=0)
+    gradients = [torch.autograd.grad(result.sum(), leaves) for result in results]
+    torch.testing.assert_close(*gradients)
+
+
+def test_compiled_code_refuses_what_does_not_fit():
+    torch._dynamo.reset()
+    compiled = lambda function: torch.compile(function, backend="eager")  # noqa: E731
+    x, (x_next, *history) = inputs((2, 5), 5)
+    density = lambda x, x_next, *history, **of: step_log_prob(PLAN, 4, x, list(history), x_next, **of)  # noqa: E731
+    step = lambda x, **of: fast_step(PLAN, 4, x, history, seed=5, **of)  # noqa: E731
+    with pytest.raises(Exception, match=r"x_next must have the shape of x, \(2, 5\), got \(1, 5\)"):
+        compiled(density)(x, x_next[:1], *history)
+    with pytest.raises(Exception, match=r"history\[0\] must have the shape of x"):
+        compiled(density)(x, x_next, history[0][:1], *history[1:])
+    with pytest.raises(Exception, match=r"guidance\[0\] must have the shape of x"):
+        compiled(density)(x, x_next, *history, prediction_type="v", guidance=(x_next[:1], 2.0))
+    with pytest.raises(Exception, match="log_prob_reduction must be"):
+        compiled(step)(x, return_log_prob=True, log_prob_reduction="max")
+    with pytest.raises(Exception, match="needs return_log_prob=True"):
+        compiled(step)(x, log_prob_reduction="mean")
+    short = lambda x, x_next, newest: step_log_prob(PLAN, 4, x, [newest], x_next)  # noqa: E731
+    assert compiled(short)(x, x_next, history[0]).isnan().all()  # predictions are missing
+    early = lambda x, x_next, newest: step_log_prob(PLAN, 0, x, [newest], x_next)  # noqa: E731
+    torch.testing.assert_close(compiled(early)(x, x_next, history[0]), early(x, x_next, history[0]), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("of_stack", [False, True])
+def test_fake_tensors(of_stack):
+    x, (x_next, *history) = inputs((2, 5), 5)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor
+        plan, i = PLAN, 4
+        if of_stack:
+            plan, i = STACK, (fake(torch.tensor([0, 0])), fake(torch.tensor([4, 3])))
+        args = plan, i, fake(x), [fake(d) for d in history]
+        log_probs = step_log_prob(*args, fake(x_next)), fast_step(*args, seed=5, return_log_prob=True)[1]
+    for log_prob in log_probs:
+        assert type(log_prob).__name__ == "FakeTensor" and log_prob.shape == (2,) and log_prob.dtype == torch.float64
+
+
+@pytest.mark.usefixtures("cpu_way")
+def test_zeros_without_memory():
+    """Which tangents may be: no kernel reads them."""
+    x, (x_next, a, b) = inputs((2, 5))
+    zeros, none = torch.zeros(2, 5), torch._efficientzerotensor((2, 5))
+    for step in (
+        lambda d: fast_step(PLAN, 4, x, [a, d, b], seed=5, return_log_prob=True),
+        lambda d: [fast_step(PLAN, 4, x, [a, d, b], seed=5), step_log_prob(PLAN, 4, x, [a, d, b], x_next)],
+    ):
+        torch.testing.assert_close(step(none), step(zeros))

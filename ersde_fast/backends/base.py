@@ -74,6 +74,6 @@ def refuses_tensors(x: Tensor, tensors: list[Tensor], fits_device: bool) -> str 
         return f"x is on {x.device}"
     if x.dim() >= MAX_DIMS:
         return f"x has {x.dim()} dimensions, {MAX_DIMS - 1} are supported"
-    if not all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors):
-        return "an input is no plain tensor: a subclass, or a lazy view that is negated"
+    if not all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg() and not t._is_zerotensor() for t in tensors):
+        return "an input is no plain tensor: a subclass, a lazy view that is negated, or zeros without memory"
     return None

@@ -242,7 +242,8 @@ def _transformed(x: Tensor, transform) -> Tensor:
     samples = x if transform is None else transform(x)
     if len(samples) != len(x):
         raise ValueError(f"transform must return one result a sample, {len(x)}, got {len(samples)}")
-    return samples.cpu().contiguous()
+    kept = samples.to("cpu", copy=transform is not None)  # a transform may use its memory again, while this is being written
+    return kept.contiguous()
 
 
 def _prepare(folder: Path, run: str, seeds: list[int]) -> set[int]:
