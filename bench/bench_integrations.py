@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-from conftest import DEVICE, now
+from conftest import DEVICE, timed_steps
 from ersde_fast.integrations.diffusers import ERSDEScheduler
 
 STEPS = 20
@@ -50,15 +50,7 @@ def test_pipeline(benchmark, name):
     pipeline.set_progress_bar_config(disable=True)
     benchmark.group = f"DDPMPipeline, {STEPS} steps"
     generator = torch.Generator(DEVICE).manual_seed(0)
-    step, times = pipeline.scheduler.step, []
-
-    def timed(*args, **kwargs):
-        start = now()
-        result = step(*args, **kwargs)
-        times.append(now() - start)
-        return result
-
-    pipeline.scheduler.step = timed
+    times = timed_steps(pipeline.scheduler)
 
     def run():
         pipeline(batch_size=4, generator=generator, num_inference_steps=STEPS, output_type="np")

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler
 from torch import nn
 
-from conftest import DEVICE, now
+from conftest import DEVICE, timed_steps
 from ersde_fast import er_sde_plan
 from ersde_fast.graph import SamplingGraph
 from ersde_fast.integrations.diffusers import ERSDEScheduler
@@ -82,17 +82,9 @@ def test_images(benchmark, unet, batch, name):
         pipeline = ColourPipeline(unet, SCHEDULERS[name]())
         run = lambda: pipeline(labels, generator)  # noqa: E731
         run()
-        step = pipeline.scheduler.step
-
-        def timed(*args, **kwargs):
-            begin = now()
-            result = step(*args, **kwargs)
-            times.append(now() - begin)
-            return result
-
-        pipeline.scheduler.step = timed
+        times = timed_steps(pipeline.scheduler)
         run()
-        pipeline.scheduler.step = step
+        del pipeline.scheduler.step
     benchmark.pedantic(run, rounds=10, warmup_rounds=2)
     median = benchmark.stats.stats.median
     benchmark.extra_info.update(images_a_second=batch / median)

@@ -104,6 +104,20 @@ def measure(benchmark, name, function, numel, streams=0, dtype=torch.float32, co
     benchmark.pedantic(function, rounds=rounds, iterations=max(1 if DEVICE == "cpu" else 4, min(1000, int(4e-3 / once))))
 
 
+def timed_steps(scheduler) -> list[float]:
+    """The seconds of each step that a scheduler of diffusers takes from now on, until its `step` is deleted; each is awaited."""
+    step, times = scheduler.step, []
+
+    def timed(*args, **kwargs):
+        start = now()
+        result = step(*args, **kwargs)
+        times.append(now() - start)
+        return result
+
+    scheduler.step = timed
+    return times
+
+
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
     rows = [b for b in getattr(session, "benchmarks", []) if b.stats.rounds]

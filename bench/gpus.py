@@ -38,6 +38,17 @@ def predictions(x):
     return [x * 0.5, x * 0.25, x * 0.125]
 
 
+def seconds_of(step, device: str, repeats: int) -> float:
+    """Of one of many steps, none of which is awaited but the last."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    wait()
+    return (time.perf_counter() - start) / repeats
+
+
 def split_step(mesh) -> tuple[str, str, list[str], float]:
     """Digests of the step on the CPU and of the gathered split step, what of its trace communicates, and microseconds a step."""
     whole = portable_noise(SHAPE, 7, step=-1) * 80
@@ -48,13 +59,7 @@ def split_step(mesh) -> tuple[str, str, list[str], float]:
     with profile() as trace:
         result = fast_step_dtensor(PLAN, 5, x, history, seed=3)
     named = sorted({event.key for event in trace.key_averages()})
-    wait = torch.cuda.synchronize if mesh.device_type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    for _ in range(100):
-        fast_step_dtensor(PLAN, 5, x, history, seed=3)
-    wait()
-    took = (time.perf_counter() - start) / 100
+    took = seconds_of(lambda: fast_step_dtensor(PLAN, 5, x, history, seed=3), mesh.device_type, 100)
     found = [name for name in named if any(word in name.lower() for word in COMMUNICATES)]
     return expected, digest(result.full_tensor()), found, took * 1e6
 
@@ -70,18 +75,12 @@ def large_step(mesh, repeats: int = 200) -> tuple[float, float]:
         lambda: fast_step_dtensor(PLAN, 5, x, history, seed=3),
         lambda: fast_step(PLAN, 5, local, locals_, seed=3, **whole),
     ]
-    wait = torch.cuda.synchronize if mesh.device_type == "cuda" else lambda: None
     took = []
     for step in ways:
         for _ in range(5):
             step()
-        wait()
         dist.barrier()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        wait()
-        slowest = torch.tensor((time.perf_counter() - begin) / repeats, device="cpu")
+        slowest = torch.tensor(seconds_of(step, mesh.device_type, repeats), device="cpu")
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         took.append(slowest.item() * 1e6)
     return tuple(took)
@@ -102,11 +101,12 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_: None
 
-    expected, got, found, took = split_step(init_device_mesh(args.device, (world,)))
+    mesh = init_device_mesh(args.device, (world,))
+    expected, got, found, took = split_step(mesh)
     say(f"split step on {world} x {args.device}: {got}; whole step on the CPU: {expected}; {took:.0f} us")
     say(f"  of its trace communicates: {found or 'nothing'}")
 
-    as_dtensors, as_shards = large_step(init_device_mesh(args.device, (world,)), args.repeats)
+    as_dtensors, as_shards = large_step(mesh, args.repeats)
     say(
         f"a step of {'x'.join(map(str, LARGE))} by frames: {as_dtensors:.0f} us as DTensors, {as_shards:.0f} us as plain shards"
     )
