@@ -37,14 +37,9 @@ def next_sample(
     row: Row, x: Tensor, history: Sequence[Tensor], noise: Tensor | None, of: "ModelOutput | None" = None
 ) -> Tensor:
     """x_next = w_x x + sum_j w_d[j] denoised_j + w_guide unconditional + w_noise noise, in the dtype of x."""
-    drawn = [] if noise is None else [(row.w_noise, noise)]
-    return linear_combination([*mean_terms(row, x, history, of), *drawn], x)
-
-
-def mean_terms(row: Row, x: Tensor, history: Sequence[Tensor], of: "ModelOutput | None") -> list:
-    """Weights and tensors of the next sample less its noise."""
     guide = [] if of is None or not of.cfg_pp else [(row.w_guide, of.unconditional)]
-    return [(row.w_x, x), *zip(row.w_d, history, strict=False), *guide]
+    drawn = [] if noise is None else [(row.w_noise, noise)]
+    return linear_combination([(row.w_x, x), *zip(row.w_d, history, strict=False), *guide, *drawn], x)
 
 
 def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
