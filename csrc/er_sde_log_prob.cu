@@ -107,8 +107,8 @@ __device__ __forceinline__ void look_at_sample(SampleDensity& d, const LogProbVe
 // A segment is a block's, a turn for each warp; or, where there are enough of them, a warp's, which takes all eight turns and waits for
 // no other. Either way a lane adds up the same quads in the same order. K: as many terms as there can be.
 template <typename T, int K, Density What, Noise Source>
-__global__ void 
-    __launch_bounds__(kThreads, K == kMaxTerms || What == Density::gradients ? 2 : 3) log_prob_vectors(const __grid_constant__ LogProbVectorArgs a) {
+__global__ void __launch_bounds__(kThreads, K == kMaxTerms || What == Density::gradients ? 2 : 3)
+    log_prob_vectors(const __grid_constant__ LogProbVectorArgs a) {
   __shared__ SampleDensity d;
   const VectorArgs& s = a.step;
   let_the_kernel_behind_start();

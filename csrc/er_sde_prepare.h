@@ -225,6 +225,7 @@ inline LogProbLaunch launch_of(const LogProbArgs& a, int multiprocessors) {
   const StepArgs& s = a.step;
   const int64_t batch = s.sizes[0], segments = segments_of(s), most = (int64_t)multiprocessors * kBlocksPerMultiprocessor;
   LogProbLaunch l{};
+  if (known_to_host(s.rows)) l.last.gaussian = l.vector.gaussian = gaussian_of(s.rows, 0);
   l.vectors = fits_vectors(a);
   l.what = a.what;
   l.float64 = s.float64;
@@ -239,7 +240,6 @@ inline LogProbLaunch launch_of(const LogProbArgs& a, int multiprocessors) {
     l.vector.log_prob = a.log_prob;
     l.vector.sums = a.sums;
     for (int k = 0; k < kMaxTerms + 2; ++k) l.vector.gradients[k] = a.gradients[k].data;
-    if (known_to_host(s.rows)) l.vector.gaussian = gaussian_of(s.rows, 0);
   }
   // From there on warps that wait for no other keep every multiprocessor busy.
   l.vector.by_warps = batch * segments >= 64 * multiprocessors;
@@ -251,7 +251,6 @@ inline LogProbLaunch launch_of(const LogProbArgs& a, int multiprocessors) {
   l.last.log_prob = a.log_prob;
   l.last.size = s.numel / batch;
   l.last.mean = a.mean;
-  if (known_to_host(s.rows)) l.last.gaussian = gaussian_of(s.rows, 0);
   return l;
 }
 

@@ -11,7 +11,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from .backends import CPU, CUDA
 from .backends.compiled import Compiled
-from .backends.library import is_unwatched
+from .backends.library import SEGMENT, is_unwatched
 from .noise import float64_device, has_values
 from .plan import Plan, PlanStack
 from .reference import linear_combination, per_sample, row_of_request
@@ -19,7 +19,7 @@ from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_li
 from .table import W_NOISE
 
 Reduction = Literal["sum", "mean"]
-SEGMENT, LANES = 1024, 1024  # of csrc/er_sde_step.h
+LANES = 1024  # of csrc/er_sde_step.h
 HALF_LOG_TWO_PI = 0.9189385332046728
 
 

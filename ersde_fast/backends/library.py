@@ -235,8 +235,9 @@ class Library:
             return None
         if x_next is not None:
             return log_prob if gradient is None else True
-        results = (result,) if prediction is None else (result, prediction)
-        return results[0] if prediction is None and log_prob is None else results if log_prob is None else (*results, log_prob)
+        if log_prob is None:
+            return result if prediction is None else (result, prediction)
+        return (result, log_prob) if prediction is None else (result, prediction, log_prob)
 
     def density(self, x: Tensor, reduction: str, x_next, gradient, gradients, guides: int) -> tuple:
         """The words of a log-density, its tensor, memory of the kernels', and the gradients to write in the order of their bits."""
