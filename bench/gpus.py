@@ -26,6 +26,7 @@ from ersde_fast.schedules import karras_sigmas
 SHAPE = (1, 16, 21, 90, 160)  # of a video model; 21 frames over two GPUs are 11 and 10
 LARGE = (1, 16, 81, 180, 320)  # the same with every frame and twice the height and width
 PLAN = er_sde_plan(karras_sigmas(10), order=3)
+SHARES = (2, 4, 8, 16, 32)  # of so many GPUs one holds a share; a share of 32 is 3 frames
 COMMUNICATES = ("nccl", "gloo", "c10d", "all_reduce", "all_gather", "broadcast")
 
 
@@ -41,6 +42,8 @@ def predictions(x):
 def seconds_of(step, device: str, repeats: int) -> float:
     """Of one of many steps, none of which is awaited but the last."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(5):
+        step()
     wait()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -64,26 +67,28 @@ def split_step(mesh) -> tuple[str, str, list[str], float]:
     return expected, digest(result.full_tensor()), found, took * 1e6
 
 
-def large_step(mesh, repeats: int = 200) -> tuple[float, float]:
+def large_step(mesh, repeats: int) -> tuple[float, float]:
     """Microseconds of a step of the large latent, split by frames: of the slowest process, as DTensors and as plain shards."""
     x = portable_noise_dtensor(LARGE, 7, -1, mesh, [Shard(2)])
     history = predictions(x)
-    local, locals_ = x.to_local(), [d.to_local() for d in history]
-    start = sum(len(frames) for frames in torch.arange(LARGE[2]).chunk(mesh.size())[: mesh.get_rank()])
-    whole = dict(global_shape=LARGE[1:], global_start=(0, start, 0, 0))
-    ways = [
-        lambda: fast_step_dtensor(PLAN, 5, x, history, seed=3),
-        lambda: fast_step(PLAN, 5, local, locals_, seed=3, **whole),
-    ]
+    part = shard_step(mesh.size(), mesh.get_rank(), mesh.device_type)
     took = []
-    for step in ways:
-        for _ in range(5):
-            step()
+    for step in (lambda: fast_step_dtensor(PLAN, 5, x, history, seed=3), part):
+        step()
         dist.barrier()
         slowest = torch.tensor(seconds_of(step, mesh.device_type, repeats), device="cpu")
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         took.append(slowest.item() * 1e6)
     return tuple(took)
+
+
+def shard_step(world: int, rank: int, device: str):
+    """The step of the large latent's frames that fall to one of so many processes, as a plain shard."""
+    frames = torch.arange(LARGE[2]).chunk(world)[rank]
+    x = portable_noise((1, LARGE[1], len(frames), *LARGE[3:]), 7, step=-1, device=device)
+    history = predictions(x)
+    whole = dict(global_shape=LARGE[1:], global_start=(0, int(frames[0]), 0, 0))
+    return lambda: fast_step(PLAN, 5, x, history, seed=3, **whole)
 
 
 def main() -> None:
@@ -110,6 +115,9 @@ def main() -> None:
     say(
         f"a step of {'x'.join(map(str, LARGE))} by frames: {as_dtensors:.0f} us as DTensors, {as_shards:.0f} us as plain shards"
     )
+    if world == 1:
+        shares = {n: seconds_of(shard_step(n, 0, args.device), args.device, args.repeats) * 1e6 for n in SHARES}
+        say("  the largest share of n GPUs, on this one: " + ", ".join(f"{n}: {took:.1f} us" for n, took in shares.items()))
 
     calls = 0
 

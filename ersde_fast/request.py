@@ -164,7 +164,7 @@ def _checked_noise(x: Tensor, given: NoiseArguments) -> Tensor | Portable | Torc
             )
     if seed is not None and type(seed) is not int:
         seed = seeds_of(seed, x)
-    _check_shard(x, seed, global_shape, global_start)
+    check_shard(x, seed, global_shape, global_start)
     if torch_layout is not None:
         check_torch_layout(torch_layout)
         if noise is not None or seed is not None:
@@ -343,7 +343,8 @@ def check_like(name: str, value, x: Tensor) -> None:
     _check_device(name, value, x.device)
 
 
-def _check_shard(x: Tensor, seed, global_shape, global_start) -> None:
+def check_shard(x: Tensor, seed, global_shape, global_start) -> None:
+    """Raises where x is no part of a sample of that shape, or the noise is none that has places."""
     if global_shape is None and global_start is None:
         if x.dim() and math.prod(x.shape[1:]) > MAX_POSITIONS:
             raise ValueError(f"x must have at most 2^42 elements a sample, got {math.prod(x.shape[1:])}")

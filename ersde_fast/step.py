@@ -22,6 +22,7 @@ from .request import (
     StepIndex,
     StepRequest,
     check_one_source,
+    check_shard,
     checked,
     model_output,
     noise_of,
@@ -128,10 +129,14 @@ def fast_step(
         if result is not None:
             return result
 
-    if return_log_prob and whole and out is None and backend is None:
-        result = _plain_with_log_prob(
-            plan, i, x, history, (noise, generator, seeds), (prediction_type, guidance, cfg_pp), log_prob_reduction
-        )
+    more: dict[str, Any] = {}
+    if whole and return_log_prob:
+        more = {"reduction": log_prob_reduction}
+    elif not whole and not return_log_prob and log_prob_reduction == "sum" and torch_layout is None and isinstance(x, Tensor):
+        check_shard(x, seeds, global_shape, global_start)
+        more = {"global_shape": global_shape, "global_start": global_start}
+    if more and out is None and backend is None:
+        result = _plain_with(more, plan, i, x, history, (noise, generator, seeds), (prediction_type, guidance, cfg_pp))
         if result is not None:
             return result
 
@@ -178,22 +183,25 @@ def _output_if_plain(plan, prediction_type, guidance, cfg_pp) -> tuple | None:
     return (table, unconditional, scale) if fits else None
 
 
-def _plain_with_log_prob(plan, i, x, history, source, output, reduction) -> tuple | None:
-    """A plain step and its log-density, by a compiled kernel in one pass; None where it is none of theirs."""
+def _plain_with(more: dict, plan, i, x, history, source, output) -> Any:
+    """A plain step of a compiled kernel with what few steps need: its log-density in the same pass, or the place of a shard; None
+    where it is none of theirs."""
     kernel, table = (CUDA if getattr(x, "is_cuda", False) else CPU).kernels, getattr(plan, "table", None)
-    if kernel is None or table is None or reduction not in ("sum", "mean"):
+    if kernel is None or table is None or more.get("reduction", "sum") not in ("sum", "mean"):
         return None
     unconditional = scale = None
     if output != (None, None, False):
         if (plain := _output_if_plain(plan, *output)) is None:
             return None
         table, unconditional, scale = plain
-        if isinstance(scale, Tensor) and scale.requires_grad:  # the density is followed with respect to it too
+        if (
+            "reduction" in more and isinstance(scale, Tensor) and scale.requires_grad
+        ):  # the density is followed with respect to it too
             return None
     noise, generator, seeds = source
     return kernel.step(
         table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, predicts=output[0] is not None,
-        unconditional=unconditional, scale=scale, cfg_pp=output[2], reduction=reduction,
+        unconditional=unconditional, scale=scale, cfg_pp=output[2], **more,
     )  # fmt: skip
 
 

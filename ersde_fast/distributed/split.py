@@ -67,7 +67,8 @@ def fast_step_dtensor(
             how = other.placements if isinstance(other, DTensor) else type(other).__name__
             raise ValueError(f"{name} must be split as x is, {x.placements}, got {how}: use {name}.redistribute")
     start, size = _local_range(x.shape, x.device_mesh, x.placements)
-    pairs = seed_table(seed, x.shape[0])[start[0] : start[0] + size[0]]
+    if size[0] < x.shape[0]:
+        seed = seed_table(seed, x.shape[0])[start[0] : start[0] + size[0]]
     local_guidance = None
     if guidance is not None:
         scale = guidance[1]
@@ -75,7 +76,7 @@ def fast_step_dtensor(
             scale = scale[start[0] : start[0] + size[0]]
         local_guidance = guidance[0].to_local(), scale
     result = fast_step(
-        plan, i, x.to_local(), [denoised.to_local() for denoised in history], seed=pairs, prediction_type=prediction_type,
+        plan, i, x.to_local(), [denoised.to_local() for denoised in history], seed=seed, prediction_type=prediction_type,
         guidance=local_guidance, cfg_pp=cfg_pp, global_shape=tuple(x.shape[1:]), global_start=tuple(start[1:]),
     )  # fmt: skip
 
