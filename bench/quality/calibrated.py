@@ -12,14 +12,17 @@ import guidance
 from ersde_fast import Plan, calibrate_plan, sample_er_sde
 from ersde_fast.schedules import karras_sigmas
 from problems import Mixture, digits_mixture
+from samplers import under_guidance
 
 STARTS = (16, 64)
 PILOTS = (0, 1, 2)
 PILOT_STEPS = 32
 KINDS = ("ode", "sde_5")
+TOLD = {"ode": "told, ode", "sde_5": "told"}  # the same in the study of guidance
 FEW = (5, 6, 8)
 BUDGETS = (100, 400)  # beside the default
 GUIDANCE = (2.5, 5.0)
+GUIDED_NETWORKS = {"emoji": (1.0, 5.0), "digits_classes": (5.0,)}
 
 
 def run_of(plan: Plan):
@@ -122,7 +125,8 @@ def network_cells(device: str):
         x = starts((64, *of.shape), sigmas[0].item(), pilot, torch.float32, device)
         told = {"labels": one_hot(torch.arange(64, device=device) % 10, 10).float()} if name == "network" else {"labels": None}
         model = lambda x, sigma, labels: of.call(x, sigma[0].item(), labels)  # noqa: E731
-        return calibrate_plan(model, x, n, sigmas, told, noise_scaler=kind, disable=True)
+        with torch.compiler.set_stance("force_eager"):  # of rows as many as it likes
+            return calibrate_plan(model, x, n, sigmas, told, noise_scaler=kind, disable=True)
 
     def cell(name, pilot, n, kind, seed):
         made = plan(name, pilot, n, kind)
@@ -131,3 +135,41 @@ def network_cells(device: str):
     for name, n, pilot, kind, seed in itertools.product(cells.NETWORKS, FEW, PILOTS, KINDS, cells.SEEDS):
         key = f"{name}, 64 starts | {name_of(pilot, kind)} | {n} | {seed}"
         yield key, functools.partial(cell, name, pilot, n, kind, seed)
+
+
+@functools.cache
+def of_guided_network(name: str, device: str, scale: float, count: int, pilot: int, n: int, kind: str) -> Plan:
+    """Of the network in pairs, or at guidance 1 told alone; the classes in turn."""
+    of, sigmas = guidance.problem(name, device, scale), karras_sigmas(PILOT_STEPS)
+    x = starts((count, *of.shape), sigmas[0].item(), pilot, torch.float32, device)
+    labels = one_hot(torch.arange(count, device=device) % of.labels.shape[1], of.labels.shape[1]).float()
+
+    def told(x, sigma, labels):
+        return of.call(x, sigma[0].item(), labels)
+
+    def pair(x, sigma, labels):
+        return of.call(x.repeat(2, 1, 1, 1), sigma[0].item(), torch.cat([labels, 0 * labels])).chunk(2)
+
+    model, given = (told, {}) if scale == 1 else (pair, {"guidance_scale": scale})
+    with torch.compiler.set_stance("force_eager"):
+        return calibrate_plan(model, x, n, sigmas, {"labels": labels}, noise_scaler=kind, disable=True, **given)
+
+
+def measure_guided_network(name: str, device: str, scale: float, n: int, kind: str, pilot: int | None) -> dict:
+    """A calibrated plan, or without a pilot the analytic one on placed levels, against the network's own limit of that kind of noise."""
+    of, limit = guidance.problem(name, device, scale), guidance.limit(name, device, scale, guidance.FROM_80, kind)
+    if pilot is None:
+        run, sigmas = under_guidance(scale)[TOLD[kind]], guidance.sigmas_of(name, device, scale, guidance.PLACED, n)
+    else:
+        plan = of_guided_network(name, device, scale, 64, pilot, n, kind)
+        run, sigmas = run_of(plan), plan.sigmas
+    return of.compare(of.run(run, sigmas, 0), limit, with_data=False)
+
+
+def guided_network_cells(device: str):
+    """Networks of colour and of digits under guidance, one seed."""
+    for name, scales in GUIDED_NETWORKS.items():
+        for scale, n, kind, pilot in itertools.product(scales, FEW, KINDS, (None, *PILOTS)):
+            on, sampler = (guidance.PLACED, TOLD[kind]) if pilot is None else ("64 starts", name_of(pilot, kind))
+            of = functools.partial(measure_guided_network, name, device, scale, n, kind, pilot)
+            yield f"{name}, guidance {scale:g}, {on} | {sampler} | {n} | 0", of

@@ -80,6 +80,7 @@ ON_NETWORK = [
     "newton 3, c = 5 std", "newton 4, c = 10 std", "newton 5", "newton 3, c = 10 std, reverse_time_sde(0.25)",
     "newton 3, c = 10 std, reverse_time_sde(0.5)", "newton 3, c = 10 std, sde", "published, order 1", "published, order 2", *BY_LEVEL,
 ]  # fmt: skip
+OF_ODE = "newton 3, c = 10 std, ode"
 LEFT_OUT = [
     "newton 2, c = 5 std", "newton 4, c = 10 std", "newton 5", "newton 3, c = 10 std, reverse_time_sde(0.25)", *BY_LEVEL,
 ]  # fmt: skip
@@ -200,6 +201,7 @@ def network_cells(device: str):
     plan += [(name, sampler, few) for name, chosen in NETWORKS.items() for sampler in chosen]
     plan += [(name, sampler, (8, 10, 20)) for name in NETWORKS for sampler in RIVALS if sampler not in ON_NETWORK]
     plan += [(f"{name}, placed", sampler, (6, 8, 10)) for name in NETWORKS for sampler in PLACED]
+    plan += [(name, OF_ODE, [LIMIT_STEPS]) for name in NETWORKS]  # an ODE's own limit, which differs where the network errs
     for name, sampler, evaluations in plan:
         run = LIMIT if sampler == FLOOR else samplers[sampler]
         for n in evaluations:

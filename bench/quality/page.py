@@ -376,7 +376,10 @@ def calibration(results: dict, problem: str, levels: list[str], counts=calibrate
             traces = [over_pilots(results, of, kind, n, what="trace") for n in evaluations]
             if any(traces):
                 rows.append(["its variance, a share of the data's", *(f"{c[0]:.3f} ({c[1]:.3f})" if c else "" for c in traces)])
-    return f"{markdown([f'{problem} ({least:.3f} of exact samples)', *map(str, evaluations)], rows)}"
+    title = f"{problem} ({least:.3f} of exact samples)"
+    if of_ode := over_seeds(results, problem, cells.OF_ODE, cells.LIMIT_STEPS):
+        title = f"{problem} (in {cells.LIMIT_STEPS} evaluations {least:.3f} by `sde_5`, {of_ode[0]:.3f} by `ode`)"
+    return markdown([title, *map(str, evaluations)], rows)
 
 
 def calibration_budgets(results: dict) -> str:
@@ -394,21 +397,24 @@ def calibration_budgets(results: dict) -> str:
     return markdown(["evaluations allowed a start", *(f"{n}: `ode`, `sde_5`, spent" for n in calibrated.FEW)], rows)
 
 
-def calibration_guided(results: dict) -> str:
+def calibration_guided(results: dict, name: str, scales: tuple) -> str:
     rows = []
-    for scale in calibrated.GUIDANCE:
-        of = f"{guidance.EXACT}, guidance {scale:g}"
+    for scale in scales:
+        of = f"{name}, guidance {scale:g}"
         at = [f"{of}, {levels}" for levels in (guidance.FROM_80, guidance.PLACED)]
-        for kind, sampler in (("ode", "told, ode"), ("sde_5", "told")):
+        for kind, sampler in calibrated.TOLD.items():
+            limit = over_seeds(results, at[0], f"limit, {kind}", guidance.COSTS[name].limit_steps)
             for n in calibrated.FEW:
                 told = [plain(cell[0]) if (cell := over_seeds(results, levels, sampler, n)) else "" for levels in at]
                 made = over_pilots(results, f"{of}, 64 starts", kind, n)
+                best = best_rival(results, at[:1], n)
                 rows.append(
-                    [f"{scale:g}, `{kind}`", str(n), best_rival(results, at[:1], n), *told, f"{made[0]:.3f} ({made[1]:.3f})"]
+                    [f"{scale:g}, `{kind}`", str(n), plain(limit[0]), best, *told, f"{plain(made[0])} ({plain(made[1])})"]
                 )
     titles = [
         "guidance, scaler",
         "evaluations",
+        "limit",
         "best of other packages",
         "told, Karras",
         "told, placed",
@@ -424,8 +430,11 @@ def calibration_tables(results: dict) -> dict[str, str]:
     made = {
         "calibrated mixture": calibration(results, "mixture", of_mixture),
         "calibrated digits": calibration(results, "digits", ["digits", "digits, placed"]),
-        "calibration, evaluations": calibration_budgets(results), "calibration, guided": calibration_guided(results),
+        "calibration, evaluations": calibration_budgets(results), "calibration, guided": calibration_guided(results, guidance.EXACT, calibrated.GUIDANCE),
     }  # fmt: skip
+    for name, scales in calibrated.GUIDED_NETWORKS.items():
+        if all(over_pilots(results, f"{name}, guidance {scale:g}, 64 starts", "sde_5", 8) for scale in scales):
+            made[f"calibration, {name}"] = calibration_guided(results, name, scales)
     for name in cells.NETWORKS:
         if over_pilots(results, f"{name}, 64 starts", "ode", 8):
             made[f"calibrated {name}"] = calibration(results, name, [name, f"{name}, placed"], (64,))

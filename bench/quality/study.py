@@ -30,7 +30,7 @@ RESULTS = Path(__file__).with_name("results.json")
 EXACT = {"exact": cells.cells, "guided": guidance.exact_cells, "flows": flows.exact_cells, "calibrated": calibrated.exact_cells}
 ON_GPU = {
     "networks": guidance.network_cells, "digits": cells.network_cells, "network_flows": flows.network_cells,
-    "calibrated_networks": calibrated.network_cells,
+    "calibrated_networks": calibrated.network_cells, "calibrated_guided": calibrated.guided_network_cells,
 }  # fmt: skip
 
 
