@@ -14,7 +14,7 @@ from .backends.compiled import Compiled
 from .backends.library import SEGMENT, is_unwatched
 from .noise import float64_device, has_values
 from .plan import Plan, PlanStack
-from .reference import linear_combination, per_sample, row_of_request
+from .reference import guided_factors, input_weights, linear_combination, per_sample, row_of_request
 from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_like, checked, known_row, model_output, pair_of
 from .table import W_NOISE
 
@@ -102,17 +102,12 @@ def _terms(request: StepRequest) -> list[Tensor]:
 def _gaussian(request: StepRequest) -> tuple[list, Any]:
     """The weight of each term in the mean, with a model's output unrounded, and the standard deviation, which is NaN where the step
     adds no noise, or reads a prediction that is missing: numbers, or tensors that broadcast with x."""
-    row = row_of_request(request)
-    weights: list[Any] = [row.w_x, *row.w_d[: len(request.history)]]
-    if request.output is not None:
-        (p_x, p_m), newest, (unconditional, scale, cfg_pp) = row.prediction, weights[1], request.output
-        weights[0] = weights[0] + newest * p_x
-        weights[1] = newest * p_m
-        if unconditional is not None:
-            scale = per_sample(scale, request.x.dim()) if isinstance(scale, Tensor) else scale
-            weights[1] = newest * (p_m * scale)
-            weights.append((row.w_guide if cfg_pp else 0.0) + newest * (p_m * (1 - scale)))
-    std = row.w_noise
+    row: Any = row_of_request(request)
+    of = request.output
+    factors = None if of is None else guided_factors(row.prediction, of.scale, request.x.dim())
+    *weights, std, of_guide = input_weights(row, len(request.history), factors)
+    if of_guide is not None:
+        weights.append(of_guide)
     if isinstance(std, Tensor):
         missing = (w != 0 for w in row.w_d[len(request.history) :])
         return weights, torch.where(functools.reduce(torch.logical_or, missing, ~(std > 0)), math.nan, std)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import choose
 from .noise import Portable, TorchStream, float64_device, seed_table
-from .reference import fake_as, look_up, per_sample, table_for
+from .reference import fake_as, guided_factors, input_weights, look_up, per_sample, table_for
 from .request import ModelOutput, StepRequest
 from .table import W_D, W_NOISE, Row, Table
 
@@ -180,7 +180,6 @@ class _Form(NamedTuple):
     history: int
     predicts: bool
     guided: bool
-    cfg_pp: bool
 
 
 def _coefficients(table, plan_index, step_index, scale, form: _Form) -> list[list]:
@@ -190,15 +189,10 @@ def _coefficients(table, plan_index, step_index, scale, form: _Form) -> list[lis
     """
     columns = look_up(table, step_index if plan_index is None else (plan_index, step_index))
     row = Row.of([per_sample(column, form.dim) for column in columns.unbind(-1)])
-    plain = [row.w_x, *row.w_d[: form.history], row.w_noise, None]
     if not form.predicts:
-        return [plain]
-    p_x, p_m = row.prediction
-    scale = per_sample(scale, form.dim) if form.guided else 1.0
-    predicted = [p_x, p_m * scale, *[None] * form.history, p_m * (1 - scale) if form.guided else None]
-    chained = [None if p is None else row.w_d[0] * p for p in predicted]
-    own = [row.w_x, None, *plain[2:-1], row.w_guide if form.cfg_pp else None]
-    return [[b if a is None else a if b is None else a + b for a, b in zip(own, chained, strict=True)], predicted]
+        return [input_weights(row, form.history)]
+    p_x, p_m, p_guide = factors = guided_factors(row.prediction, scale if form.guided else None, form.dim)
+    return [input_weights(row, form.history, factors), [p_x, p_m, *[None] * form.history, p_guide]]
 
 
 def _weighted(terms, dtype: torch.dtype) -> Tensor | None:
@@ -225,9 +219,7 @@ class _Step(torch.autograd.function._SingleLevelFunction):
         call = Call.of_flat(flat)
         ctx.save_for_backward(call.table, call.plan_index, call.step_index, call.scale)
         ctx.save_for_forward(call.table, call.plan_index, call.step_index, call.scale)
-        ctx.form = _Form(
-            call.x.dim(), len(call.history), operator is STEP_FROM_OUTPUT, call.unconditional is not None, bool(call.cfg_pp)
-        )
+        ctx.form = _Form(call.x.dim(), len(call.history), operator is STEP_FROM_OUTPUT, call.unconditional is not None)
         ctx.dtypes = [None if t is None else t.dtype for t in call.linear()]
         ctx.set_materialize_grads(False)
 

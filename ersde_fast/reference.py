@@ -26,11 +26,24 @@ def step_of(request: "StepRequest", noise: Tensor | None):
 
 def prediction(factors, x: Tensor, output: Tensor, of: "ModelOutput", dtype: torch.dtype | None = None) -> Tensor:
     """denoised = p_x x + p_m (unconditional + scale (output - unconditional)), in the dtype of x; factors: p_x and p_m."""
+    p_x, p_m, p_guide = guided_factors(factors, None if of.unconditional is None else of.scale, x.dim())
+    guide = [] if p_guide is None else [(p_guide, of.unconditional)]
+    return linear_combination([(p_x, x), (p_m, output), *guide], x, dtype)
+
+
+def guided_factors(factors, scale: float | Tensor | None, dim: int) -> tuple:
+    """The factors of x, of the output and of the unconditional output in a prediction; without a scale the last is None.
+
+    Args:
+        factors: p_x and p_m, of the prediction type.
+        scale: of the guidance, a number or float64 [batch].
+        dim: of the samples, with which the factors broadcast.
+    """
     p_x, p_m = factors
-    if of.unconditional is None:
-        return linear_combination([(p_x, x), (p_m, output)], x, dtype)
-    scale = per_sample(of.scale, x.dim()) if isinstance(of.scale, Tensor) else of.scale
-    return linear_combination([(p_x, x), (p_m * scale, output), (p_m * (1 - scale), of.unconditional)], x, dtype)
+    if scale is None:
+        return p_x, p_m, None
+    scale = per_sample(scale, dim) if isinstance(scale, Tensor) else scale
+    return p_x, p_m * scale, p_m * (1 - scale)
 
 
 def next_sample(
@@ -40,6 +53,20 @@ def next_sample(
     guide = [] if of is None or not of.cfg_pp else [(row.w_guide, of.unconditional)]
     drawn = [] if noise is None else [(row.w_noise, noise)]
     return linear_combination([(row.w_x, x), *zip(row.w_d, history, strict=False), *guide, *drawn], x)
+
+
+def input_weights(row: Row, predictions: int, factors: tuple | None = None) -> list:
+    """The weights of the inputs in the next sample: of x, of that many predictions, of the noise and of the unconditional output.
+
+    With `factors`, of `guided_factors`, a model's output stands for the newest prediction, which is not rounded on the way. The last
+    is None where nothing guides.
+    """
+    weights: list = [row.w_x, *row.w_d[:predictions], row.w_noise, None]
+    if factors is not None:
+        (p_x, p_m, p_guide), newest = factors, row.w_d[0]
+        weights[0], weights[1] = row.w_x + newest * p_x, newest * p_m
+        weights[-1] = None if p_guide is None else row.w_guide + newest * p_guide
+    return weights
 
 
 def linear_combination(terms, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
