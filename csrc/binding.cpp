@@ -338,7 +338,7 @@ py::object step(const StepCall& call) {
       }
     } else {
       log_prob = at::empty(x.sizes().slice(0, x.dim() ? 1 : 0), float64);
-      memory = at::empty({batch * ersde::ceil_div(x.numel() / batch, ersde::kSegment)}, float64);
+      memory = at::empty({batch * ersde::segments_of(x.numel() / batch)}, float64);
       density->log_prob = log_prob.mutable_data_ptr<double>();
       density->sums = memory.mutable_data_ptr<double>();
     }

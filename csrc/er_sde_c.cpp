@@ -325,7 +325,7 @@ int ersde_step(const int64_t* call, double scale, int64_t begin, int64_t end) {
     const double* row = row_of(s.args.rows, b);
     if (!row || std::isnan(row[kWX]) || (s.sums && row[kWNoise] == 0)) return ersde_not_plain;
   }
-  if (s.sums) log_prob_cpu(s.density, begin, end < 0 ? s.args.sizes[0] * segments_of(s.args) : end);
+  if (s.sums) log_prob_cpu(s.density, begin, end < 0 ? s.args.sizes[0] * segments_of(s.args.numel / s.args.sizes[0]) : end);
   else if (s.args.numel) step_cpu(s.args, begin, end < 0 ? s.args.numel : end);
   return 0;
 }
@@ -337,7 +337,7 @@ int ersde_log_prob_sums(const int64_t* call, double scale) {
   return 0;
 }
 
-int64_t ersde_segments(int64_t size) { return ceil_div(size, kSegment); }
+int64_t ersde_segments(int64_t size) { return segments_of(size); }
 
 int ersde_step_cuda(const int64_t* call, double scale, ersde_device* device, void* stream) {
   Step s;

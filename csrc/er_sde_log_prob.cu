@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, K == kMaxTerms || What == Density::g
   let_the_kernel_behind_start();
   wait_for_the_kernel_before();
   const bool predicts = s.rows.predicts;
-  const int64_t groups = s.size / 4, segments = (s.size + kSegment - 1) / kSegment;
+  const int64_t groups = s.size / 4, segments = segments_of(s.size);
   const TorchState torch = Source == Noise::torch ? torch_state(s.drawn) : TorchState{};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int turn_of_block = 0;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) log_prob_elements(const __grid_const
   wait_for_the_kernel_before();
   const int slot = ring_slot(s.rows);
   const TorchState torch = torch_state(s.drawn);
-  const int64_t size = s.numel / s.sizes[0], segments = (size + kSegment - 1) / kSegment;
+  const int64_t size = s.numel / s.sizes[0], segments = segments_of(size);
   int turn = 0;
   for (int64_t b = blockIdx.y; b < s.sizes[0]; b += gridDim.y) {
     const Gaussian g = gaussian_of(s.rows, b);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kSumLanes) log_prob_sums(const __grid_constant
   __shared__ double lanes[kSumLanes];
   let_the_kernel_behind_start();
   wait_for_the_kernel_before();
-  const int64_t b = blockIdx.x, segments = (a.size + kSegment - 1) / kSegment;
+  const int64_t b = blockIdx.x, segments = segments_of(a.size);
   double lane = 0;
   for (int64_t segment = threadIdx.x; segment < segments; segment += kSumLanes) lane = add_(lane, a.sums[b * segments + segment]);
   lanes[threadIdx.x] = lane;

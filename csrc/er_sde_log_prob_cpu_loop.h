@@ -101,7 +101,7 @@ inline void put_gradients(const LogProbArgs& a, const SampleDensity& of, const W
 
 // Segments [begin, end) of all samples.
 inline void log_prob(const LogProbArgs& a, int64_t begin, int64_t end) {
-  const int64_t size = a.step.numel / a.step.sizes[0], segments = segments_of(a.step);
+  const int64_t size = a.step.numel / a.step.sizes[0], segments = segments_of(size);
   alignas(64) double residual[kSegment];
   int64_t sample = begin / segments;
   SampleDensity of(a, sample);

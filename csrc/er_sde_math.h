@@ -5,12 +5,6 @@
 // Every operation is an integer operation or one correctly rounded IEEE operation, and each fma is written out, so that
 // every compiler gives the same bits. Build with floating-point contraction off.
 
-#ifdef __CUDACC__
-#define ERSDE_FN __host__ __device__ __forceinline__
-#else
-#define ERSDE_FN inline
-#endif
-
 ERSDE_FN float fma_(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
   return __fmaf_rn(a, b, c);

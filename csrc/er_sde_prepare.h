@@ -223,7 +223,8 @@ inline bool fits_vectors(const LogProbArgs& a) {
 
 inline LogProbLaunch launch_of(const LogProbArgs& a, int multiprocessors) {
   const StepArgs& s = a.step;
-  const int64_t batch = s.sizes[0], segments = segments_of(s), most = (int64_t)multiprocessors * kBlocksPerMultiprocessor;
+  const int64_t batch = s.sizes[0], size = s.numel / batch, segments = segments_of(size);
+  const int64_t most = (int64_t)multiprocessors * kBlocksPerMultiprocessor;
   LogProbLaunch l{};
   if (known_to_host(s.rows)) l.last.gaussian = l.vector.gaussian = gaussian_of(s.rows, 0);
   l.vectors = fits_vectors(a);
@@ -249,7 +250,7 @@ inline LogProbLaunch launch_of(const LogProbArgs& a, int multiprocessors) {
   l.last.rows = s.rows;
   l.last.sums = a.sums;
   l.last.log_prob = a.log_prob;
-  l.last.size = s.numel / batch;
+  l.last.size = size;
   l.last.mean = a.mean;
   return l;
 }

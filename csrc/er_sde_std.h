@@ -1,5 +1,12 @@
-// What the kernels use of C++'s library: where NVRTC compiles them there is none, and these few names stand for it.
+// What the kernels use of C++'s library: where NVRTC compiles them there is none, and these few names stand for it. And how a function is
+// marked that runs on the host and on a CUDA device.
 #pragma once
+#ifdef __CUDACC__
+#define ERSDE_FN __host__ __device__ __forceinline__
+#else
+#define ERSDE_FN inline
+#endif
+
 #ifdef __CUDACC_RTC__
 typedef signed int int32_t;
 typedef unsigned short uint16_t;

@@ -133,8 +133,8 @@ struct LogProbArgs {
   Operand gradients[kMaxTerms + 2];  // with respect to each term, the guide and the next sample; without data those not wanted
 };
 
-// Of a sample; the batch is dimension 0.
-constexpr int64_t segments_of(const StepArgs& a) { return (a.numel / a.sizes[0] + kSegment - 1) / kSegment; }
+// Of a sample of that many elements.
+ERSDE_FN int64_t segments_of(int64_t size) { return (size + kSegment - 1) / kSegment; }
 
 // Segments [begin, end) of all samples, and then the log-densities from their sums.
 void log_prob_cpu(const LogProbArgs& args, int64_t begin, int64_t end);

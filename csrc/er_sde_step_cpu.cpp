@@ -119,7 +119,7 @@ void log_prob_cpu(const LogProbArgs& args, int64_t begin, int64_t end) {
 }
 
 void log_prob_sums_cpu(const LogProbArgs& a) {
-  const int64_t size = a.step.numel / a.step.sizes[0], segments = segments_of(a.step);
+  const int64_t size = a.step.numel / a.step.sizes[0], segments = segments_of(size);
   for (int64_t b = 0; b < a.step.sizes[0]; ++b) {
     const double* sums = a.sums + b * segments;
     double lanes[kSumLanes] = {};

@@ -134,7 +134,7 @@ void run(const ersde::LogProbArgs& args, const Pairs& pairs, const at::Device& d
 #ifdef ERSDE_WITH_CUDA
   if (device.is_cuda()) return check_launch(ersde::log_prob_cuda(args, launch_on(device)));
 #endif
-  const int64_t segments = args.step.sizes[0] * ersde::segments_of(args.step);
+  const int64_t batch = args.step.sizes[0], segments = batch * ersde::segments_of(args.step.numel / batch);
   in_threads(segments, kGrain / ersde::kSegment, pairs, [&](int64_t begin, int64_t end) { ersde::log_prob_cpu(args, begin, end); });
   if (args.what != ersde::Density::gradients) ersde::log_prob_sums_cpu(args);
 }
