@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .levels import CPU, Process
 from .noise import float64_device
 from .noise_scaler import AnyNoiseScaler, nonnegative
 from .pilot import ORDER, PRIOR, Family, Path, Quadratic, differences_of, least_squares, place_on_path
@@ -34,7 +35,6 @@ from .request import ModelOutput, inside
 from .sample import levels_of, with_newest
 from .schedules import PilotErrors, levels_of_pilot
 from .step import fast_step
-from .weights import CPU, Process
 
 HELD_BACK = 4  # one start of so many
 WITH_DERIVATIVES = 4  # samples a round whose derivatives are measured, at least

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .levels import CPU, Process
 from .plan import Plan, er_sde_plan
 from .schedules import FROM_ER_LAMBDA
-from .weights import CPU, Process
 
 ORDER = 3  # of calibrated plans: more gains little
 RIDGE = 1e-4  # of the least squares of a step, relative

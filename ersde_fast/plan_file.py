@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .files import safetensors_for, write_whole
+from .levels import CPU
 from .noise_scaler import NoiseScaler, get_noise_scaler
 from .plan import Plan, er_sde_plan, table_of_weights
 from .report import CalibrationReport
 from .table import W_NOISE
-from .weights import CPU, PlanOptions
+from .weights import PlanOptions
 
 KEY = "ersde_fast_plan"  # of the header's metadata
 REPORT = "ersde_fast_calibration"  # and of a calibrated plan

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import Plan, er_sde_plan, on_host, strengths
-from .weights import CPU, each_eta
+from .levels import CPU, on_host
+from .plan import Plan, er_sde_plan, strengths
+from .weights import each_eta
 
 Numbers = Tensor | np.ndarray | Sequence[float]
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from .levels import Process, on_host
 from .noise import Seed
 from .noise_scaler import AnyNoiseScaler
-from .plan import Plan, er_sde_plan, on_host
+from .plan import Plan, er_sde_plan
 from .request import check_one_source, inside
 from .step import fast_step
-from .weights import Method, Process
+from .weights import Method
 
 
 @torch.no_grad()

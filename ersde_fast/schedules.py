@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .levels import CPU, Process, on_host
 from .noise import float64_device
-from .plan import er_sde_plan, on_host
+from .plan import er_sde_plan
 from .sample import sample_plan
-from .weights import CPU, Process
 
 __all__ = ["exponential_sigmas", "flow_sigmas", "karras_sigmas", "place_sigmas", "uniform_log_snr_sigmas"]
 

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor
 
 from .choice import chosen
+from .levels import CPU, EPS, Levels, Process
 from .noise_scaler import NoiseScaler
 from .table import W_D, W_NOISE, W_X
 
-Process = Literal["ve", "vp", "flow"]
 Method = Literal["newton", "taylor"]
 
 Eta = float | tuple[float, ...] | Tensor
-
-EPS = torch.finfo(torch.float64).eps
-CPU = torch.device("cpu")  # named in every factory: the user may have set another default device
 
 _GAUSS_X, _GAUSS_W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
 
@@ -57,15 +54,6 @@ class PlanOptions:
     guidance: float | None
     first_step: int = 0
     sigma_data: float | None = None
-
-
-class Levels(NamedTuple):
-    """The levels of a plan, float64 [num_steps + 1], and which of them their successors repeat, bool [num_steps]."""
-
-    sigmas: Tensor
-    alphas: Tensor
-    er_lambdas: Tensor
-    repeated: Tensor
 
 
 def fill_weights(table: Tensor, levels: Levels, options: PlanOptions) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ersde_fast import noise_scaler, plan, table
+from ersde_fast import levels, noise_scaler, plan, table
 from ersde_fast.backends import MAX_DIMS, extension
 
 pytestmark = pytest.mark.skipif(extension._C is None, reason="the extension was not built")
@@ -24,6 +24,6 @@ def test_columns(facts):
 
 
 def test_names(facts):
-    assert facts["processes"] == list(plan.PROCESSES)
+    assert facts["processes"] == list(levels.PROCESSES)
     assert facts["methods"] == list(plan.MAX_ORDER)
     assert set(facts["forms"]) == {scaler.form for scaler in noise_scaler.NOISE_SCALERS.values()}

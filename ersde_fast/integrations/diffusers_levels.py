@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..levels import CPU
 from ..schedules import karras_sigmas
-from ..weights import CPU
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v", "flow_prediction": "flow"}
 SMALLEST_ALPHA_CUMPROD = 2.0**-24  # stands for 0 at zero terminal SNR, as in diffusers, so that er_lambda stays finite

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from ..plan import Plan, er_sde_plan, on_host
+from ..levels import on_host
+from ..plan import Plan, er_sde_plan
 from ..sample import Source, with_newest
 from ..step import fast_step
 
