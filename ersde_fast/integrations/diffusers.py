@@ -3,7 +3,7 @@
 import inspect
 import os
 from dataclasses import dataclass
-from numbers import Integral, Number
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ except ImportError as error:
     raise ImportError('ERSDEScheduler needs diffusers: pip install "ersde-fast[diffusers]"') from error
 
 from ..plan import Plan, er_sde_plan
-from ..reference import linear_combination, prediction
+from ..reference import prediction
 from ..request import ModelOutput, OutputArguments, checked
 from ..sample import with_newest
 from ..step import fast_step
-from .diffusers_arguments import ROUNDINGS, Drawn, checked_run, clipped, for_batch, is_whole, numbers, place_in, without_numpy
+from .diffusers_arguments import Drawn, checked_run, numbers, without_numpy
 from .diffusers_configs import (
     check_that_they_are_read,
     check_values,
@@ -36,6 +36,8 @@ from .diffusers_configs import (
 )
 from .diffusers_levels import BetaLevels, EDMLevels, FlowLevels, is_spaced, training_alphas_cumprod
 from .diffusers_plans import KEYS, as_config, check_run, kept_plan, place
+from .diffusers_predictions import clipped, denoised_tokens, for_batch
+from .diffusers_timesteps import Timesteps, place_in
 from .kept_plans import on_levels
 
 
@@ -337,10 +339,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _set_schedule(self, levels: np.ndarray, timesteps: np.ndarray, device) -> None:
         """Takes levels [num_steps + 1] and timesteps [num_steps], and forgets the run before."""
-        whole = np.issubdtype(timesteps.dtype, np.integer)
-        times = torch.from_numpy(np.ascontiguousarray(timesteps)).to(torch.int64 if whole else torch.float32)
-        self._placed_timesteps = self.timesteps = times.to(device)
-        self._times = times
+        self._times = Timesteps(timesteps, device)
+        self.timesteps = self._times.placed
         self._levels, self._numbers = torch.from_numpy(levels), levels.tolist()  # float64
         self.sigmas = self._shown(self._levels)
         self._step_index = self._begin_index = None
@@ -389,35 +389,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: for one that is not in the schedule.
         """
-        return place_in(self._times if schedule_timesteps is None else schedule_timesteps.cpu(), timestep)
-
-    def _place_of(self, timestep: float | Tensor) -> int | None:
-        """Where a timestep stands in the schedule, where that costs nothing: a view into `timesteps`, as a loop over them gives, says
-        so by its address, whatever the device. None for a number that only a device knows."""
-        if isinstance(timestep, Tensor):
-            placed = self._placed_timesteps
-            if timestep.dim() and timestep.numel() != 1:
-                raise ValueError(f"timestep must be one number, got shape {tuple(timestep.shape)}")
-            place, rest = divmod(timestep.data_ptr() - placed.data_ptr(), placed.element_size())
-            alike = timestep.dtype == placed.dtype and timestep.device == placed.device
-            if alike and 0 <= place < placed.shape[0] and not rest:
-                return place
-            if not timestep.is_cpu:
-                return None
-        elif not isinstance(timestep, Number):
-            raise TypeError(f"timestep must be a number or a tensor of one, got {type(timestep).__name__}")
-        if self._times.is_floating_point() and is_whole(timestep):
-            raise ValueError(
-                f"timestep must be one of scheduler.timesteps, which are not whole here, got {timestep}: no index of a loop"
-            )
-        if self._step_index is not None and self._is_time(timestep, self._step_index):
-            return self._step_index
-        return self.index_for_timestep(timestep)
-
-    def _is_time(self, timestep: float | Tensor, i: int) -> bool:
-        """Whether a number is the timestep of step i, or a rounding of it."""
-        value, time = float(timestep), self._times[i]
-        return time.item() == value or (not is_whole(timestep) and any(time.to(dtype).item() == value for dtype in ROUNDINGS))
+        return place_in(self._times.on_cpu if schedule_timesteps is None else schedule_timesteps.cpu(), timestep)
 
     def _index(self, timestep: float | Tensor) -> int:
         """The step that comes next, checked against the timestep that it is called for where that costs nothing."""
@@ -430,7 +402,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
             )
         if torch.compiler.is_compiling() and expected is not None:
             return expected
-        place = self._place_of(timestep)
+        place = self._times.step_of(timestep, self._step_index)
         if expected is None:
             return self.index_for_timestep(timestep) if place is None else place
         if place is not None and place != expected:
@@ -502,7 +474,7 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         if pred_original_sample is not None:
             model_output = pred_original_sample
         elif per_token_timesteps is not None:
-            model_output = self._denoised_tokens(sample, model_output, per_token_timesteps)
+            model_output = denoised_tokens(sample, model_output, per_token_timesteps, self._levels_of)
         else:
             model_output, kind = self._denoised(index, sample, model_output)
         history = [model_output, *history]
@@ -548,19 +520,8 @@ class ERSDEScheduler(SchedulerMixin, ConfigMixin):
         if fused and not (config.thresholding or config.clip_sample):
             return model_output, made_by
         exact = torch.promote_types(sample.dtype, torch.float32)
-        if fused:
-            denoised = prediction(self._factors[index], sample, model_output, ModelOutput(), exact)
-        else:
-            denoised = linear_combination(list(zip(made_by, (sample, model_output), strict=True)), sample, exact)
+        denoised = prediction(self._factors[index] if fused else made_by, sample, model_output, ModelOutput(), exact)
         return clipped(denoised, config).to(sample.dtype), "sample"
-
-    def _denoised_tokens(self, sample: Tensor, model_output: Tensor, per_token_timesteps: Tensor) -> Tensor:
-        """The prediction where every token has a level of its own: `sample + sigma output` of the negative velocity."""
-        if not isinstance(self._levels_of, FlowLevels):
-            raise ValueError(f"per_token_timesteps needs a flow, got levels_of={self.config.levels_of!r}")
-        sigmas = per_token_timesteps / self.config.num_train_timesteps
-        sigmas = sigmas.view(*sigmas.shape, *[1] * (sample.dim() - sigmas.dim()))
-        return (sample.float() + sigmas * model_output.float()).to(sample.dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """`alpha original_samples + sigma noise` at timesteps [batch], each at its own level, in the schedule or not, as training draws

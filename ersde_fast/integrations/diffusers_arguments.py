@@ -4,10 +4,7 @@ import warnings
 from numbers import Integral
 
 import numpy as np
-import torch
 from torch import Tensor
-
-ROUNDINGS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that a timestep may have been through
 
 
 class Drawn(dict):
@@ -47,50 +44,11 @@ def is_whole(timestep: float | Tensor) -> bool:
     return isinstance(timestep, Integral) and not isinstance(timestep, bool)
 
 
-def place_in(schedule: Tensor, timestep: float | Tensor) -> int:
-    """Where a timestep stands among those of a schedule, on the CPU; see ERSDEScheduler.index_for_timestep."""
-    value = float(timestep)
-    places = (schedule == value).nonzero()[:, 0]
-    if len(places):
-        return places[min(1, len(places) - 1)].item()
-    rounded = torch.stack([schedule.to(dtype).double() == value for dtype in ROUNDINGS]).any(0)
-    if is_whole(timestep) or not rounded.any():
-        raise ValueError(
-            f"timestep {value:g} is not in the schedule of {len(schedule)} steps from {schedule[0].item():g} to "
-            f"{schedule[-1].item():g}: pass one of scheduler.timesteps, not the index of a loop or a timestep of another run"
-        )
-    distance = (schedule.double() - value).abs()
-    return torch.where(rounded, distance, torch.inf).argmin().item()
-
-
 def without_numpy(value):
     """A config's value as JSON can hold it."""
     if isinstance(value, np.generic):
         return value.item()
     return [without_numpy(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def for_batch(denoised: Tensor, sample: Tensor) -> Tensor:
-    """A prediction for a sample that stands in the batch several times, as guidance has it."""
-    return torch.cat([denoised] * max(len(sample) // len(denoised), 1))
-
-
-def clipped(denoised: Tensor, config) -> Tensor:
-    """A prediction within what the config allows: thresholded by its own largest numbers (arXiv 2205.11487), clipped, or as it is."""
-    if config.thresholding:
-        size = quantile(denoised.flatten(1).abs(), config.dynamic_thresholding_ratio)
-        size = size.clamp(1, config.sample_max_value).view(-1, *[1] * (denoised.dim() - 1))
-        return denoised.clamp(-size, size) / size
-    return denoised.clamp(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else denoised
-
-
-def quantile(values: Tensor, q: float) -> Tensor:
-    """Of each row, between neighbours in a line, as torch.quantile, which takes at most 2^24 numbers."""
-    position = q * (values.shape[1] - 1)
-    low = int(position)
-    below = values.kthvalue(low + 1, dim=1).values
-    above = values.kthvalue(min(low + 2, values.shape[1]), dim=1).values
-    return torch.lerp(below, above, position - low)
 
 
 def checked_run(
