@@ -7,7 +7,7 @@ float32 addition, multiplication, fma and square root are used: any machine that
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +52,25 @@ class TorchStream(NamedTuple):
     def draw(self, x: Tensor) -> Tensor:
         """The noise for x by torch.randn, for whoever does not draw it in a kernel."""
         return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=self.generator)
+
+
+def is_torch_stream(draw: Callable[[Tensor, torch.Generator], None], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel's `draw` fills a tensor [n] of a CUDA device as torch.randn does, and advances the generator as far.
+
+    Compared on a small tensor and on one of more elements than most cards have threads, from an offset that is not 0.
+    """
+    generator = torch.Generator(device).manual_seed(0x5EED_0123_4567)
+    torch.randn(3, device=device, generator=generator)
+    for size in (4099, 300_007):
+        before = generator.get_offset()
+        expected = torch.randn(size, dtype=dtype, device=device, generator=generator)
+        after = generator.get_offset()
+        generator.set_offset(before)
+        drawn = torch.empty_like(expected)
+        draw(drawn, generator)
+        if generator.get_offset() != after or not torch.equal(drawn, expected):
+            return False
+    return True
 
 
 def float64_device(device: torch.device) -> torch.device:

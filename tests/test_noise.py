@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ersde_fast import portable_noise, torch_noise
 from ersde_fast.backends import CPU
-from ersde_fast.noise import box_muller, philox, seed_table, specified_noise
+from ersde_fast.noise import box_muller, is_torch_stream, philox, seed_table, specified_noise
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("portable_noise.json").read_text())
 EDGE_WORDS = sorted(
@@ -347,6 +347,41 @@ def test_torch_noise_rounds_once_and_depends_on_the_card():
 def test_bad_torch_noise(arguments, error, message):
     with pytest.raises(error, match=message):
         torch_noise((4,), 1, **arguments)
+
+
+class Counting:
+    """In the place of a CUDA device's generator: element e at an offset is their sum."""
+
+    def __init__(self, device):
+        self.offset = 0
+
+    def manual_seed(self, seed):
+        return self
+
+    def get_offset(self):
+        return self.offset
+
+    def set_offset(self, offset):
+        self.offset = offset
+
+    def draw(self, n, **kwargs):
+        self.offset += -(-n // 4) * 4
+        return torch.arange(n, **kwargs) + self.offset
+
+
+@pytest.mark.parametrize(
+    "ahead, off, expected", [(0, 0, True), (4, 0, False), (-4, 0, False), (0, 4098, False), (0, 300_006, False)]
+)
+def test_a_stream_is_torchs_in_every_number_and_in_where_it_ends(ahead, off, expected, monkeypatch):
+    monkeypatch.setattr(torch, "Generator", Counting)
+    monkeypatch.setattr(torch, "randn", lambda n, generator, **kwargs: generator.draw(n, **kwargs))
+
+    def draw(out, generator):
+        out.copy_(generator.draw(len(out), dtype=out.dtype))
+        out[off:][:1] += off > 0
+        generator.set_offset(generator.get_offset() + ahead)
+
+    assert is_torch_stream(draw, torch.device("cpu"), torch.float32) == expected
 
 
 # ---- bad input ----

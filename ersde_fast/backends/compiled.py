@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..noise import Portable, TorchStream
+from ..noise import Portable, TorchStream, is_torch_stream
 from ..reference import table_for
 from . import extension, library, nvrtc
 from .base import FLOATS, Backend, refuses_tensors
@@ -141,7 +141,7 @@ class CompiledForCUDA(Compiled):
         """
         index = torch.cuda.current_device() if device.index is None else device.index
         if self.kernels.torch_stream(index) == 0 and not torch.cuda.is_current_stream_capturing():
-            same = all(self._draws_as_torch(torch.device("cuda", index), dtype) for dtype in FLOATS)
+            same = all(is_torch_stream(self._draw, torch.device("cuda", index), dtype) for dtype in FLOATS)
             self.kernels.set_torch_stream(index, same)
             if not same:
                 warnings.warn(
@@ -151,19 +151,11 @@ class CompiledForCUDA(Compiled):
                 )
         return self.kernels.torch_stream(index) == 1
 
-    def _draws_as_torch(self, device: torch.device, dtype: torch.dtype) -> bool:
-        properties = torch.cuda.get_device_properties(device)
-        generator = torch.Generator(device).manual_seed(0x5EED_0123_4567)
-        torch.randn(3, device=device, generator=generator)
-        for size in (4099, 300_007):
-            offset = generator.get_offset()
-            expected = torch.randn(size, dtype=dtype, device=device, generator=generator)
-            drawn = torch.empty_like(expected)
-            layout = (properties.multi_processor_count, properties.max_threads_per_multi_processor)
-            grows = self.kernels.torch_noise(drawn, generator.initial_seed(), offset, *layout)
-            if not torch.equal(drawn, expected) or generator.get_offset() != offset + grows:
-                return False
-        return True
+    def _draw(self, out: Tensor, generator: torch.Generator) -> None:
+        """Fills a tensor [n] with torch's stream, the generator advanced."""
+        card, offset = torch.cuda.get_device_properties(out.device), generator.get_offset()
+        layout = card.multi_processor_count, card.max_threads_per_multi_processor
+        generator.set_offset(offset + self.kernels.torch_noise(out, generator.initial_seed(), offset, *layout))
 
 
 def _whole(value):
