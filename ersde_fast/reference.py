@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .noise import Portable, float64_device, has_values, seeds_of, specified_noise
-from .table import Row
+from .table import Row, without_tracers
 
 if TYPE_CHECKING:
     from .request import ModelOutput, StepRequest
@@ -105,7 +105,9 @@ def row_of(table: Tensor, i, x: Tensor) -> Row:
     if isinstance(i, Tensor) and i.dim() == 0 and has_values(i):
         i = i.item()
     if isinstance(i, int) and has_values(table):
-        return Row.of(table[i].tolist())
+        with without_tracers():  # or the look-up would be traced, and its numbers be symbols
+            return Row.of(table[i].tolist())
+    table = fake_as(x, table)
     if isinstance(i, int):
         return Row.of(table[i].unbind())
     return Row.of([per_sample(column, x.dim()) for column in look_up(table, i).unbind(-1)])
@@ -124,8 +126,7 @@ def per_sample(values: Tensor, dim: int) -> Tensor:
 
 
 def row_of_request(request: "StepRequest") -> Row:
-    table = fake_as(request.x, table_for(request.plan, request.i, request.x))
-    return row_of(table, request.i, request.x)
+    return row_of(table_for(request.plan, request.i, request.x), request.i, request.x)
 
 
 def fake_as(x: Tensor, tensor: Tensor | None) -> Tensor | None:

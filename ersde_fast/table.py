@@ -18,8 +18,9 @@ COUNTER, P_X, P_M, W_GUIDE, W_NOISE, W_X, W_D = range(7)
 
 
 @contextmanager
-def _as_without_tracers():
-    """What a plan keeps, later steps have too: no tracer, transform or inference mode may come between."""
+def without_tracers():
+    """No tracer, transform or inference mode may come between: for what a plan keeps, which later steps have too, and for numbers that
+    the host knows."""
     with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
         yield
 
@@ -115,7 +116,7 @@ class Table:
         factors = PREDICTION_TYPES[prediction_type], cfg_pp  # what is kept is of the function, whose name may get another
         made = self._predicting.get(factors)
         if made is None:
-            with _as_without_tracers():
+            with without_tracers():
                 table = self._made_for(prediction_type, cfg_pp)
                 made = replace(self, table=table, prediction_type=prediction_type, cfg_pp=cfg_pp)
             if not (self.table.is_cuda and torch.cuda.is_current_stream_capturing()):  # memory of the graph's own
@@ -160,7 +161,7 @@ class Table:
         if device == self.table.device:
             return self
         if device not in self._copies:
-            with _as_without_tracers():
+            with without_tracers():
                 values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
                 moved: dict[str, Any] = {k: value.to(device) for k, value in values.items() if isinstance(value, Tensor)}
             self._copies[device] = replace(self, **moved)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ersde_fast import er_sde_plan, fast_step, portable_noise, stack_plans, step_log_prob
 from ersde_fast.backends import CPU, compiled, extension, library
@@ -312,6 +313,39 @@ def test_fake_tensors(of_stack):
         log_probs = step_log_prob(*args, fake(x_next)), fast_step(*args, seed=5, return_log_prob=True)[1]
     for log_prob in log_probs:
         assert type(log_prob).__name__ == "FakeTensor" and log_prob.shape == (2,) and log_prob.dtype == torch.float64
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("of", [int, torch.tensor])
+def test_a_trace_holds_the_weights_of_a_step_that_the_host_knows(mode, pre_dispatch, of):
+    """As numbers, also of a plan that took no step before, and whose steps are those of its numbers afterwards."""
+    plan, i, last = er_sde_plan(PLAN.sigmas, order=3, sigma_data=0.5), of(4), of(5)
+
+    def density(x, x_next, guide, *history, i=i):
+        return step_log_prob(plan, i, x, list(history), x_next, prediction_type="v", guidance=(guide, 3.0))
+
+    (x, given), (y, other) = inputs((2, 5), 6), inputs((2, 5), 6)
+    traced = make_fx(density, tracing_mode=mode, pre_dispatch=pre_dispatch)(x, *given)
+    assert torch.equal(traced(y + 1, *other), density(y + 1, *other))
+    assert plan.rows == er_sde_plan(PLAN.sigmas, order=3, sigma_data=0.5).rows
+    with pytest.raises(ValueError, match="step 5 adds no noise"):
+        make_fx(lambda *args: density(*args, i=last), tracing_mode=mode)(x, *given)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    """A step by its number, for any batch."""
+
+    class Density(torch.nn.Module):
+        def forward(self, x, x_next, *history):
+            return step_log_prob(PLAN, 4, x, list(history), x_next, prediction_type="v")
+
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    x, given = inputs((2, 5), 5)
+    program = torch.export.export(Density(), (x, *given), dynamic_shapes=(batch, batch, (batch,) * 3), strict=strict).module()
+    x, given = inputs((7, 5), 5)
+    torch.testing.assert_close(program(x, *given), Density()(x, *given), rtol=1e-13, atol=0)
 
 
 @pytest.mark.usefixtures("cpu_way")
