@@ -12,11 +12,21 @@ from torch._C._functorch import is_legacy_batchedtensor
 from .backends import CPU, CUDA
 from .backends.compiled import Compiled
 from .backends.library import SEGMENT, is_unwatched
-from .noise import float64_device, has_values
+from .noise import float64_device
 from .plan import Plan, PlanStack
 from .reference import guided_factors, input_weights, linear_combination, per_sample, row_of_request
-from .request import Guidance, OutputArguments, StepIndex, StepRequest, check_like, checked, known_row, model_output, pair_of
-from .table import W_NOISE
+from .request import (
+    Guidance,
+    OutputArguments,
+    StepIndex,
+    StepRequest,
+    check_like,
+    checked,
+    known_row,
+    known_rows,
+    model_output,
+    pair_of,
+)
 
 Reduction = Literal["sum", "mean"]
 LANES = 1024  # of csrc/er_sde_step.h
@@ -193,9 +203,9 @@ def check_log_prob(plan, i, x: Tensor) -> None:
     silent = None if plan.draws else "the plan"
     if row := known_row(plan, i):
         silent = f"step {int(i)}" if row.w_noise == 0 else None
-    elif isinstance(i, tuple) and has_values(plan.table) and all(map(has_values, i)):
-        if (zeros := plan.table[i][:, W_NOISE] == 0).any():
-            silent = f"the step of sample {int(zeros.nonzero()[0])}"
+    elif isinstance(i, tuple) and (rows := known_rows(plan, i)) is not None:
+        zeros = [b for b, row in enumerate(rows) if row.w_noise == 0]
+        silent = f"the step of sample {zeros[0]}" if zeros else None
     if silent:
         raise ValueError(
             f"log_prob: {silent} adds no noise, so that its result is certain and has no density; take steps of a stochastic "

@@ -26,7 +26,7 @@ from .choice import NODE_SCALE, ORDER, UNTOLD
 from .levels import CPU, Levels, Process, checked_levels, level_arguments, on_host, real_tensor
 from .noise_scaler import AnyNoiseScaler, NoiseScaler, get_noise_scaler, nonnegative
 from .report import CalibrationReport
-from .table import COUNTER, P_M, W_D, W_NOISE, W_X, Row, Table, without_tracers
+from .table import COUNTER, P_M, W_D, W_NOISE, W_X, Row, Table, numbers_of
 from .weights import Eta, Method, PlanOptions, each_eta, fill_weights
 
 MAX_ORDER: dict[Method, int] = {"taylor": 3, "newton": 5}
@@ -53,8 +53,7 @@ class Plan(Table, PlanOptions):
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """The rows of the table as Python numbers; waits for the device of a plan that lies on one."""
-        with without_tracers():
-            rows = map(Row.of, self.table.tolist())
+        rows = map(Row.of, numbers_of(self.table))
         return tuple(
             row._replace(w_d=row.w_d[: max((j + 1 for j, w in enumerate(row.w_d) if w != 0), default=0)]) for row in rows
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .noise import Portable, float64_device, has_values, seeds_of, specified_noise
-from .table import Row, without_tracers
+from .table import Row, numbers_of
 
 if TYPE_CHECKING:
     from .request import ModelOutput, StepRequest
@@ -103,10 +103,9 @@ def row_of(table: Tensor, i, x: Tensor) -> Row:
         i: a number; an int64 tensor []; or a pair (plan, step) of int64 [batch].
     """
     if isinstance(i, Tensor) and i.dim() == 0 and has_values(i):
-        i = i.item()
+        i = numbers_of(i)
     if isinstance(i, int) and has_values(table):
-        with without_tracers():  # or the look-up would be traced, and its numbers be symbols
-            return Row.of(table[i].tolist())
+        return Row.of(numbers_of(table, i))
     table = fake_as(x, table)
     if isinstance(i, int):
         return Row.of(table[i].unbind())

@@ -21,7 +21,7 @@ from .noise import (
 )
 from .plan import Plan, PlanStack
 from .predictions import PREDICTION_TYPES
-from .table import W_D, W_X, Row, Table
+from .table import Row, Table, numbers_of
 
 StepIndex = int | Tensor | tuple[Tensor, Tensor]
 Guidance = tuple[Tensor, float | Tensor]
@@ -194,15 +194,17 @@ def _check_index(plan, i, x: Tensor) -> int:
         for name, index, end in [("plan_index", i[0], plan.num_plans), ("step_index", i[1], plan.num_steps)]:
             _check_integers(name, index, (batch,))
             _check_device(name, index, x.device)
-            if has_values(index) and batch and not 0 <= int(index.min()) <= int(index.max()) < end:
-                raise ValueError(f"{name} must be 0 to {end - 1}, got {index.tolist()}")
-        if not (has_values(i[0]) and has_values(i[1]) and has_values(plan.table)):
+            if has_values(index):
+                values = numbers_of(index)
+                if not all(0 <= value < end for value in values):
+                    raise ValueError(f"{name} must be 0 to {end - 1}, got {values}")
+        if (rows := known_rows(plan, i)) is None:
             return plan.order
-        rows = plan.table[i]
-        for b, missing in enumerate(rows[:, W_X].isnan().tolist()):
-            if missing:
-                raise ValueError(f"step_index[{b}] = {int(i[1][b])} is behind the last step of plan {int(i[0][b])}")
-        return max((j + 1 for j in range(plan.order) if (rows[:, W_D + j] != 0).any()), default=0)
+        for b, row in enumerate(rows):
+            if math.isnan(row.w_x):
+                plan_index, step_index = (numbers_of(index)[b] for index in i)
+                raise ValueError(f"step_index[{b}] = {step_index} is behind the last step of plan {plan_index}")
+        return max((j + 1 for row in rows for j, w in enumerate(row.w_d) if w != 0), default=0)
     if not isinstance(plan, Plan):
         raise TypeError(
             f"plan must be a plan of er_sde_plan, or a stack of them with i = (plan_index, step_index), got {type(plan).__name__}: "
@@ -218,7 +220,7 @@ def _check_index(plan, i, x: Tensor) -> int:
             raise ValueError(f"i must be on the CPU or on the device of x, {x.device}, got {i.device}")
         if not has_values(i):
             return plan.order
-        i = i.item()
+        i = numbers_of(i)
     elif not isinstance(i, int) or isinstance(i, bool):
         raise TypeError(
             f"i must be a whole number, the index of the step, or an int64 tensor of it, got {i!r}: write "
@@ -237,6 +239,13 @@ def known_row(plan, i) -> Row | None:
     if isinstance(i, tuple) or not has_values(plan.table) or not (isinstance(i, int) or has_values(i)):
         return None
     return plan.rows[i]
+
+
+def known_rows(plan, i: tuple) -> list[Row] | None:
+    """The rows of the samples' steps of a stack, where the host knows both the steps and the plans' numbers."""
+    if not all(map(has_values, (plan.table, *i))):
+        return None
+    return [Row.of(row) for row in numbers_of(plan.table, i)]
 
 
 def model_output(given: OutputArguments) -> ModelOutput | None:

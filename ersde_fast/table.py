@@ -25,6 +25,12 @@ def without_tracers():
         yield
 
 
+def numbers_of(tensor: Tensor, index=...) -> Any:
+    """Its values, or those at an index, as numbers and lists of them: a tracer would take the look-up down, and give symbols."""
+    with without_tracers():
+        return tensor[index].tolist()
+
+
 class Row(NamedTuple):
     """One step as Python numbers; or, where only a device or a tracer knows them, as tensors.
 

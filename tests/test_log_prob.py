@@ -1,5 +1,6 @@
 """The log-density of a step: against torch's own, its bits in any batch, its derivatives, and what has none."""
 
+import functools
 import math
 
 import pytest
@@ -331,6 +332,29 @@ def test_a_trace_holds_the_weights_of_a_step_that_the_host_knows(mode, pre_dispa
     assert plan.rows == er_sde_plan(PLAN.sigmas, order=3, sigma_data=0.5).rows
     with pytest.raises(ValueError, match="step 5 adds no noise"):
         make_fx(lambda *args: density(*args, i=last), tracing_mode=mode)(x, *given)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_trace_of_steps_of_a_stack(mode, inside):
+    """Whose indices are constants of the trace, made before it or in it; what is wrong with them is said while it is traced."""
+    stack = stack_plans([PLAN, er_sde_plan(PLAN.sigmas, order=3, eta=0.5)])
+    (x, given), (y, other) = inputs((2, 5), 5), inputs((2, 5), 5)
+
+    def step(x, x_next, *history, steps=(3, 4)):
+        make = lambda: (torch.tensor([0, 1]), torch.tensor(steps))  # noqa: E731
+        i = make() if inside else made[steps]
+        drawn = fast_step(stack, i, x, list(history), seed=7)
+        return drawn, step_log_prob(stack, i, x, list(history), x_next)
+
+    made = {steps: (torch.tensor([0, 1]), torch.tensor(steps)) for steps in ((3, 4), (3, 5), (3, 6))}
+    traced = make_fx(step, tracing_mode=mode, _allow_non_fake_inputs=True)(x, *given)
+    for got, wanted in zip(traced(y, *other), step(y, *other), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-13 if got.dtype == torch.float64 else 0, atol=0)
+    if not (inside and mode != "real"):  # there the numbers are symbols, and a wrong one gives NaN
+        for steps, message in (((3, 5), "the step of sample 1 adds no noise"), ((3, 6), "step_index must be 0 to 5")):
+            with pytest.raises(ValueError, match=message):
+                make_fx(functools.partial(step, steps=steps), tracing_mode=mode, _allow_non_fake_inputs=True)(x, *given)
 
 
 @pytest.mark.parametrize("strict", [False, True])
