@@ -9,6 +9,7 @@ python bench/quality/study.py --again default told             # measures these 
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def main():
     parser.add_argument(
         "--take", nargs="+", choices=[*EXACT, *ON_GPU], help="these parts alone; networks also without a GPU (days)"
     )
+    parser.add_argument("--only", type=re.compile, metavar="PATTERN", help="of these the cells whose keys it is found in")
     parser.add_argument("--again", nargs="+", default=[], metavar="SAMPLER", help="measures their cells anew")
     parser.add_argument("--shard", type=lambda text: tuple(map(int, text.split("/"))), default=(0, 1), metavar="I/N")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no cell is begun that would end after them")
@@ -114,6 +116,8 @@ def main():
     parts = args.take or [*EXACT, *(ON_GPU if args.device != "cpu" else [])]
     again = lambda key: key.split(" | ")[1].partition(",")[0] in args.again  # noqa: E731
     missing = [cell for cell in wanted(parts, args.device) if cell.key not in results or again(cell.key)]
+    if args.only:
+        missing = [cell for cell in missing if args.only.search(cell.key)]
     missing = shard(missing, *args.shard)
     if args.cost:
         groups = {}
