@@ -31,3 +31,14 @@ class CalibrationReport(NamedTuple):
     variance: float
     evaluations: float
     starts: tuple[int, int]
+
+    def __str__(self) -> str:
+        fitted, held_back = self.starts
+        return (
+            f"{'calibrated' if self.calibrated else 'not calibrated, since worse on the starts held back'}: {fitted} starts fitted, "
+            f"{held_back} held back, {self.evaluations:.0f} evaluations a start\n"
+            f"errors in variances: fitted {self.error_before:.2g} to {self.error_after:.2g}, "
+            f"held back {self.held_back_before:.2g} to {self.held_back_after:.2g} "
+            f"(median {self.median_before:.2g} to {self.median_after:.2g})\n"
+            f"variance of the results: {self.variance:.3f} of the pilot's"
+        )

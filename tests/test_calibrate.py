@@ -98,6 +98,14 @@ def test_the_report_counts_every_evaluation():
     assert calibrated(evaluations=24 + 3 * 5).report.evaluations <= 24 + 3 * 5
 
 
+def test_the_report_as_text(plan):
+    first, errors, variance = str(plan.report).splitlines()
+    assert first.startswith("calibrated: 12 starts fitted, 4 held back") and "evaluations a start" in first
+    assert f"fitted {plan.report.error_before:.2g} to {plan.report.error_after:.2g}," in errors and "median" in errors
+    assert f"{plan.report.variance:.3f}" in variance
+    assert str(plan.report._replace(calibrated=False)).startswith("not calibrated, since")
+
+
 def test_the_bar_ends_where_the_calibration_does(capsys):
     calls = []
 
