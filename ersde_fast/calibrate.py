@@ -104,27 +104,8 @@ def calibrate_plan(
     Source: docs/calibration.md, "What it costs".
     """
     pilot_levels, to_zero = levels_of_pilot(sigmas, num_steps, process)
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < HELD_BACK:
-        what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a float tensor [batch, ...] of at least {HELD_BACK} starts, got {what}")
-    if (size := x.float().square().mean().sqrt().item()) < UNSCALED * pilot_levels[0]:
-        raise ValueError(
-            f"x must be noise scaled to sigmas[0], {pilot_levels[0]:g}, got one of root mean square {size:.3g}: multiply it by "
-            f"sigmas[0]"
-        )
-    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type must be None or one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
-    if batch_size is not None and not (_is_whole(batch_size) and batch_size >= 1):
-        raise ValueError(f"batch_size must be None or a whole number of at least 1, got {batch_size!r}")
     pilot_sigmas = torch.cat([pilot_levels, pilot_levels.new_zeros(1)]) if to_zero else pilot_levels
-    if len(pilot_sigmas) - 1 <= num_steps:
-        raise ValueError(f"sigmas must have more steps than the {num_steps} of the plan, got {len(pilot_sigmas) - 1}")
-    least = len(pilot_sigmas) - 1 + 3 * num_steps
-    if not _is_whole(evaluations) or evaluations < least:
-        raise ValueError(
-            f"evaluations must be a whole number of at least {least}, for the {len(pilot_sigmas) - 1} of the pilot and three runs of "
-            f"{num_steps} steps, got {evaluations!r}: allow more, or give a pilot of fewer sigmas"
-        )
+    _check_arguments(x, pilot_sigmas, num_steps, prediction_type, evaluations, batch_size)
     if guidance_scale is not None:
         guidance_scale = nonnegative("guidance_scale", guidance_scale)
         guidance = guidance_scale if guidance is None else guidance
@@ -146,6 +127,31 @@ def calibrate_plan(
     if report.calibrated:
         return replace(fit.family.plan(parameters, **noise), report=report)
     return replace(er_sde_plan(placed, process=process, **noise, **analytic), report=report)
+
+
+def _check_arguments(x, pilot_sigmas: Tensor, num_steps: int, prediction_type, evaluations, batch_size) -> None:
+    """Those that only a calibration has; the plans check theirs."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < HELD_BACK:
+        what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a float tensor [batch, ...] of at least {HELD_BACK} starts, got {what}")
+    if (size := x.float().square().mean().sqrt().item()) < UNSCALED * pilot_sigmas[0]:
+        raise ValueError(
+            f"x must be noise scaled to sigmas[0], {pilot_sigmas[0]:g}, got one of root mean square {size:.3g}: multiply it by "
+            f"sigmas[0]"
+        )
+    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type must be None or one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+    if batch_size is not None and not (_is_whole(batch_size) and batch_size >= 1):
+        raise ValueError(f"batch_size must be None or a whole number of at least 1, got {batch_size!r}")
+    pilot_steps = len(pilot_sigmas) - 1
+    if pilot_steps <= num_steps:
+        raise ValueError(f"sigmas must have more steps than the {num_steps} of the plan, got {pilot_steps}")
+    least = pilot_steps + 3 * num_steps
+    if not _is_whole(evaluations) or evaluations < least:
+        raise ValueError(
+            f"evaluations must be a whole number of at least {least}, for the {pilot_steps} of the pilot and three runs of "
+            f"{num_steps} steps, got {evaluations!r}: allow more, or give a pilot of fewer sigmas"
+        )
 
 
 def _is_whole(value) -> bool:
