@@ -6,9 +6,9 @@ and in each step the weights of the differences between neighbouring predictions
 1. The pilot run, which also shows its samples between its levels.
 2. Without the model: levels and weights whose steps' errors along the pilot's path are least.
 3. One run on these levels, whose weights are fitted on the way to the pilot's path, from where the run itself has come to.
-4. Rounds of Levenberg and Marquardt on where runs end, as long as the evaluations last and something is gained; then 3 again on the
-   levels of `place_sigmas`, and rounds from there. Derivatives are differences of runs, each from the step that its parameter first changes
-   and of a few samples, others in each round; in between, Broyden's update keeps them.
+4. Rounds of Levenberg (1944) and Marquardt (1963) on where runs end, as long as the evaluations last and something is gained; then 3
+   again on the levels of `place_sigmas`, and rounds from there. Derivatives are differences of runs, each from the step that its parameter
+   first changes and of a few samples, others in each round; in between, Broyden's update (1965) keeps them.
 5. The starts that were held back decide whether the plan is returned.
 """
 
@@ -26,7 +26,19 @@ from tqdm.auto import tqdm
 from .levels import CPU, Process
 from .noise import float64_device
 from .noise_scaler import AnyNoiseScaler, nonnegative
-from .pilot import ORDER, PRIOR, Family, Path, Quadratic, differences_of, least_squares, place_on_path
+from .pilot import (
+    DAMPED,
+    FIRST_DAMPING,
+    LEAST_DAMPING,
+    ORDER,
+    PRIOR,
+    Family,
+    Path,
+    Quadratic,
+    differences_of,
+    least_squares,
+    place_on_path,
+)
 from .plan import Plan, er_sde_plan
 from .predictions import PREDICTION_TYPES
 from .reference import prediction
@@ -45,6 +57,8 @@ SHORTENED = (1.0, 0.8, 0.6)  # what the gaps of the placed levels are multiplied
 WATERSHED = 0.03  # the error, in variances, from which on a result counts ever less: it is another sample than the pilot's
 UNSCALED = 0.2  # the root mean square of starts, as a share of the first sigma, below which they are not noise of that level
 REPEATED = 2e-3  # how far a prediction may be from the same one asked for again, squared, in variances: of sums in any order
+GOOD, POOR = 0.5, 0.1  # a round's gain as a share of the one foreseen, from which on less damping, and below which more
+WORTH_DAMPING, DAMPED_MORE = 1e-4, 6.0  # a round that failed costs a run: no damping after it that changes nothing
 PATIENCE, LITTLE = 3, 0.01  # rounds that may follow one another without gaining so large a part of the error
 
 
@@ -362,7 +376,7 @@ class _Fit:
         jacobian = torch.zeros(*left.shape, family.size, dtype=torch.float64, device=CPU)
         known = torch.zeros(count, dtype=torch.bool, device=CPU)
         steps = sum(self.num_steps - 1 - first for first in family.changes)
-        damping, turn, idle = 1e-3, 0, 0
+        damping, turn, idle = FIRST_DAMPING, 0, 0
         while idle < PATIENCE and math.isfinite(error):
             some = torch.arange(turn % turns, count, turns, device=CPU)
             if self.runs.spent + steps * len(some) + self.num_steps * count > evaluations:
@@ -383,7 +397,10 @@ class _Fit:
             idle = 0 if error_there < (1 - LITTLE) * error or not known.all() else idle + 1
             if error_there < error:
                 here, run, left, error = there, tried, left_there, error_there
-            damping = max(damping / 4, 1e-8) if ratio > 0.5 else damping if ratio > 0.1 else max(damping, 1e-4) * 6
+            if ratio > GOOD:
+                damping = max(damping / DAMPED, LEAST_DAMPING)
+            elif ratio < POOR:
+                damping = max(damping, WORTH_DAMPING) * DAMPED_MORE
             turn += 1
         return here, run, error
 

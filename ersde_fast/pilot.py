@@ -20,6 +20,15 @@ RIDGE = 1e-4  # of the least squares of a step, relative
 NOTHING = 1e-8  # differences between predictions, as a share of their squares, that say nothing
 PRIOR = 1e-5  # on the squares of the parameters, beside an error in variances
 LARGEST = 4.0  # of the logarithm of a gap's factor
+LONGEST = 0.5  # step of the same: a gap halved or doubled at most is still one of which the derivatives say something
+SEARCHES, TRIALS = 20, 8  # on the path: rounds, of which some ten are made, and dampings tried in one, up to 4**8 of the first
+FINE = 1e-4  # of a parameter, for a derivative on the path, which is float64 whatever the model is
+SETTLED = 1e-3  # of the error on the path: what a round gains less than is not worth another
+FIRST_DAMPING, LEAST_DAMPING, DAMPED = (
+    1e-3,
+    1e-8,
+    4.0,
+)  # of Levenberg and Marquardt's rounds: at first, at least, and the factor
 
 
 class Path:
@@ -180,11 +189,11 @@ class Quadratic(NamedTuple):
         gradient, hessian = jacobian.T @ residuals, jacobian.T @ jacobian
         return cls(share * gradient + PRIOR * parameters, share * hessian + prior)
 
-    def step(self, damping: float, num_gaps: int, longest: float = 0.5) -> Tensor:
-        """That of Levenberg and Marquardt, no gap's logarithm changed by more than the longest."""
+    def step(self, damping: float, num_gaps: int) -> Tensor:
+        """That of Levenberg (1944), damped in the proportions of Marquardt (1963); no gap's logarithm changes by more than LONGEST."""
         damped = self.hessian + damping * self.hessian.diagonal().diag()
         step = torch.linalg.solve(damped, -self.gradient)
-        return step * min(1.0, longest / max(step[:num_gaps].abs().max().item(), 1e-30))
+        return step * min(1.0, LONGEST / max(step[:num_gaps].abs().max().item(), 1e-30))
 
     def gain(self, step: Tensor) -> float:
         """How much less the error is after a step, were it exact."""
@@ -208,16 +217,16 @@ def place_on_path(path: Path, family: Family, x: Tensor, scale: float, start: fl
     here = torch.zeros(family.size, dtype=torch.float64, device=CPU)
     here[: family.num_gaps] = start
     residuals, fitted, error = errors_at(here)
-    damping, difference = 1e-3, -1e-4
-    for _ in range(20):
+    damping = FIRST_DAMPING
+    for _ in range(SEARCHES):
         columns = []
         for k in range(family.num_gaps):
             there = here.clone()
-            there[k] += difference
-            columns.append((errors_at(there)[0] - residuals) / difference)
+            there[k] -= FINE
+            columns.append((residuals - errors_at(there)[0]) / FINE)
         model = Quadratic.of(torch.stack(columns, dim=1), residuals, here[: family.num_gaps])
         before = error
-        for _ in range(8):
+        for _ in range(TRIALS):
             there = here.clone()
             there[: family.num_gaps] += model.step(damping, family.num_gaps)
             there = family.within(there)
@@ -225,8 +234,8 @@ def place_on_path(path: Path, family: Family, x: Tensor, scale: float, start: fl
             if found[2] < error:
                 here, (residuals, fitted, error) = there, found
                 break
-            damping *= 4
-        damping = max(damping / 4, 1e-8)
-        if error > before * (1 - 1e-3):
+            damping *= DAMPED
+        damping = max(damping / DAMPED, LEAST_DAMPING)
+        if error > before * (1 - SETTLED):
             break
     return fitted, error
