@@ -172,6 +172,11 @@ def _is_whole(value) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _check_finite(end: Tensor, where: str) -> None:
+    if not (finite := end.flatten(1).isfinite().all(1)).all():
+        raise ValueError(f"model must give finite results, got {(~finite).sum()} of {len(end)} that are not, {where}")
+
+
 def _largest_finite(er_lambdas: Tensor) -> float:
     return er_lambdas[er_lambdas.isfinite()].max().item()
 
@@ -282,13 +287,13 @@ class _Fit:
         self.runs, self.family, self.num_steps = runs, family, family.num_steps
         self.fitted, self.held_back = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
         self.alpha_end, self.pilot_end = pilot.alphas[-1].item(), followed.end
+        _check_finite(followed.end, "where the pilot ends: end it at a higher sigma, or run the model in a wider dtype")
         ends = self.ends(followed.end)
         self.target, self.starts = ends[self.fitted], followed.states[0][self.fitted]
         self.variance = ends.var(0, correction=0).mean().item()
         if not 0 < self.variance < math.inf:
             raise ValueError(
-                f"model must give finite results that differ between starts, got the variance {self.variance}: give each start noise "
-                f"of its own, and end the pilot where the model is finite"
+                f"model must give results that differ between starts, got the variance {self.variance}: give each start noise of its own"
             )
         self.scale = 1 / math.sqrt(self.target.numel() * self.variance)
         states, denoised = (torch.stack(kept)[:, self.fitted] for kept in (followed.states, followed.denoised))
@@ -311,6 +316,9 @@ class _Fit:
         nothing = torch.zeros(self.family.size, dtype=torch.float64, device=CPU)
         everyone = torch.arange(len(rows), device=CPU)  # in the pilot's batches, for the same first predictions to the bit
         uncalibrated = runs.follow(self.family.plan(nothing), everyone, keep=lambda values: values[fitted])
+        levels = ", ".join(f"{sigma:.3g}" for sigma in self.family.sigmas.tolist())
+        few = f"where the {self.num_steps} steps end that the fit begins with, of sigmas {levels}, though the pilot is finite"
+        _check_finite(uncalibrated.end, f"{few}: raise num_steps, or run the model in a wider dtype")
         self.check_repeated(uncalibrated.denoised[0])
         before = uncalibrated._replace(end=uncalibrated.end[fitted])
         most = evaluations * len(runs.x) - self.num_steps * len(self.held_back)

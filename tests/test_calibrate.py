@@ -234,6 +234,17 @@ def test_a_plan_like_any_other(plan, tmp_path):
         plan.starting_at(1)
 
 
+def test_trials_that_are_not_finite_are_not_taken():
+    """On the fit's first levels, and in some of its derivatives."""
+
+    def of(x, sigma):
+        return model(x, sigma) * (math.nan if 1.0 < sigma[0] < 1.2 else 1.0)
+
+    plan = calibrated(of=of, sigmas=PILOT[(PILOT <= 1.0) | (PILOT >= 1.2)])
+    assert plan.report.calibrated and math.isfinite(plan.report.error_after) and plan.weights.isfinite().all()
+    assert not ((plan.sigmas > 1.0) & (plan.sigmas < 1.2)).any()
+
+
 def test_the_generator_and_the_starts_are_left_alone():
     x, state = starts(), torch.get_rng_state()
     calibrated(x=x, evaluations=60)
@@ -267,6 +278,12 @@ def test_sample_er_sde_takes_it(plan):
     assert torch.equal(sample_er_sde(model, starts(3), plan=plan, disable=True), expected)
 
 
+def nan_off_the_pilot(x, sigma):
+    """Of the starts held back, at levels that the pilot does not have."""
+    known = (PILOT - sigma[0].item()).abs().min() < 1e-6 * sigma[0]
+    return model(x, sigma) if known or len(x) < 16 else model(x, sigma) * torch.tensor([1, 1, 1, math.nan]).repeat(4)[:, None]
+
+
 BAD = {
     "x must be a float tensor": {"x": torch.zeros(3, SIZE)},
     "num_steps must be a whole number": {"num_steps": 1},
@@ -286,7 +303,11 @@ BAD = {
     "model must return the same for the same sample": {"of": lambda x, sigma: dropout(model(x, sigma))},
     "or guidance_scale for a pair": {"of": lambda x, sigma: (x, x)},
     "model must depend on sigma or x": {"of": lambda x, sigma: torch.zeros_like(x)},
-    "model must give finite results that differ": {"of": lambda x, sigma: torch.zeros_like(x) + sigma[0].sin()},
+    "model must give finite results, got 16 of 16 that are not, where the pilot ends": {
+        "of": lambda x, sigma: model(x, sigma) * (1 if sigma[0] > 0.011 else math.nan)
+    },
+    "got 4 of 16 that are not, where the 5 steps end that the fit begins with, of sigmas 40, ": {"of": nan_off_the_pilot},
+    "model must give results that differ": {"of": lambda x, sigma: torch.zeros_like(x) + sigma[0].sin()},
 }
 
 
