@@ -1,15 +1,17 @@
 """`calibrate_plan`: the levels and weights of a plan of few steps, fitted to a model by a pilot run, without training it.
 
-The plan's run shall end where a pilot run of many steps ends from the same start. Two things are fitted: the gaps between the levels,
+The plan's run shall end where a pilot run of many steps ends from the same start, and pass near where that passes: a result that is not
+yet another sample says little of how near it is to being one, its way more. Two things are fitted: the gaps between the levels,
 and in each step the weights of the differences between neighbouring predictions (`pilot.Family`).
 
 1. The pilot run, which also shows its samples between its levels.
 2. Without the model: levels and weights whose steps' errors along the pilot's path are least.
 3. One run on these levels, whose weights are fitted on the way to the pilot's path, from where the run itself has come to.
-4. Rounds of Levenberg (1944) and Marquardt (1963) on where runs end, as long as the evaluations last and something is gained; then 3
+4. Rounds of Levenberg (1944) and Marquardt (1963) on where runs end and pass, as long as the evaluations last and something is gained; then 3
    again on the levels of `place_sigmas`, and rounds from there. Derivatives are differences of runs, each from the step that its parameter
    first changes and of a few samples, others in each round; in between, Broyden's update (1965) keeps them.
-5. The starts that were held back decide whether the plan is returned.
+5. The starts that were held back decide, by the same measure, whether the plan is returned, else whether one half way to it is: levels and
+   weights that fit few starts too closely are mostly too much of the right thing.
 """
 
 import math
@@ -55,6 +57,7 @@ NUMBERS = 2**16  # of all samples together, on which the fit looks
 DIFFERENCE = 0.05  # of a parameter, for a derivative: large enough for networks in half precision
 SHORTENED = (1.0, 0.8, 0.6)  # what the gaps of the placed levels are multiplied by, where the search on the path begins
 WATERSHED = 0.03  # the error, in variances, from which on a result counts ever less: it is another sample than the pilot's
+ON_THE_WAY = 0.1  # what the mean of a run's errors at its levels counts, beside that of its result
 UNSCALED = 0.2  # the root mean square of starts, as a share of the first sigma, below which they are not noise of that level
 REPEATED = 2e-3  # how far a prediction may be from the same one asked for again, squared, in variances: of sums in any order
 GOOD, POOR = 0.5, 0.1  # a round's gain as a share of the one foreseen, from which on less damping, and below which more
@@ -108,8 +111,8 @@ def calibrate_plan(
 
     Returns:
         The plan, on the CPU, as `Plan.from_weights` makes it: it runs and is saved as any plan. `plan.report` is a `CalibrationReport`:
-        the errors before and after, on the starts fitted and on those held back, and the evaluations spent. Where the fit is worse
-        on the starts held back, the plan is the uncalibrated one, `er_sde_plan` on the levels of `place_sigmas`, and
+        the errors before and after, on the starts fitted and on those held back, and the evaluations spent. Where the fit is worse on
+        the starts held back, and so is what is half way to it, the plan is the uncalibrated one, `er_sde_plan` on the levels of `place_sigmas`, and
         `plan.report.calibrated` is False.
 
     Raises:
@@ -205,6 +208,11 @@ class _Run(NamedTuple):
     states: list[Tensor]
     denoised: list[Tensor]
 
+    def of(self, rows: Tensor) -> "_Run":
+        """That of some of its samples."""
+        rows = rows.to(self.end.device)
+        return _Run(self.end[rows], [state[rows] for state in self.states], [denoised[rows] for denoised in self.denoised])
+
 
 class _Runs:
     """Runs of a model from the starts of a pilot, by the ODE; `spent` counts its evaluations, each of one sample."""
@@ -289,16 +297,21 @@ class _Fit:
         self.alpha_end, self.pilot_end = pilot.alphas[-1].item(), followed.end
         _check_finite(followed.end, "where the pilot ends: end it at a higher sigma, or run the model in a wider dtype")
         ends = self.ends(followed.end)
-        self.target, self.starts = ends[self.fitted], followed.states[0][self.fitted]
+        self.starts = followed.states[0][self.fitted]
         self.variance = ends.var(0, correction=0).mean().item()
         if not 0 < self.variance < math.inf:
             raise ValueError(
                 f"model must give results that differ between starts, got the variance {self.variance}: give each start noise of its own"
             )
-        self.scale = 1 / math.sqrt(self.target.numel() * self.variance)
-        states, denoised = (torch.stack(kept)[:, self.fitted] for kept in (followed.states, followed.denoised))
-        alphas = pilot.alphas[: len(states), None, None]
-        self.path = Path(pilot.er_lambdas[: len(states)], states / alphas, denoised, self.target)
+        self.scale = 1 / math.sqrt(ends.shape[1] * self.variance)
+        self.shares = torch.full((family.num_steps,), ON_THE_WAY / (family.num_steps - 1), dtype=torch.float64, device=CPU)
+        self.shares[-1] = 1.0
+        levels = pilot.er_lambdas[: len(followed.states)]
+        y = torch.stack(followed.states) / pilot.alphas[: len(levels), None, None]
+        denoised = torch.stack(followed.denoised)
+        self.path, self.path_held_back = (
+            Path(levels, y[:, rows], denoised[:, rows], ends[rows]) for rows in (self.fitted, self.held_back)
+        )
 
     def ends(self, end: Tensor) -> Tensor:
         """Results as the fit compares them, float64 [n, m]."""
@@ -311,25 +324,34 @@ class _Fit:
 
     def calibrate(self, evaluations: int) -> tuple[Tensor, CalibrationReport]:
         """The parameters, and what the fit did."""
-        runs, on = self.runs, self.pilot_end.device
-        fitted, rows = self.fitted.to(on), torch.cat([self.fitted, self.held_back]).to(on)
-        nothing = torch.zeros(self.family.size, dtype=torch.float64, device=CPU)
-        everyone = torch.arange(len(rows), device=CPU)  # in the pilot's batches, for the same first predictions to the bit
-        uncalibrated = runs.follow(self.family.plan(nothing), everyone, keep=lambda values: values[fitted])
-        levels = ", ".join(f"{sigma:.3g}" for sigma in self.family.sigmas.tolist())
+        runs, family = self.runs, self.family
+        nothing = torch.zeros(family.size, dtype=torch.float64, device=CPU)
+        everyone = torch.arange(len(runs.x), device=CPU)  # in the pilot's batches, for the same first predictions to the bit
+        uncalibrated = runs.follow(family.plan(nothing), everyone, keep=lambda values: values)
+        levels = ", ".join(f"{sigma:.3g}" for sigma in family.sigmas.tolist())
         few = f"where the {self.num_steps} steps end that the fit begins with, of sigmas {levels}, though the pilot is finite"
         _check_finite(uncalibrated.end, f"{few}: raise num_steps, or run the model in a wider dtype")
-        self.check_repeated(uncalibrated.denoised[0])
-        before = uncalibrated._replace(end=uncalibrated.end[fitted])
-        most = evaluations * len(runs.x) - self.num_steps * len(self.held_back)
+        before, held_before = uncalibrated.of(self.fitted), uncalibrated.of(self.held_back)
+        self.check_repeated(before.denoised[0])
+        most = evaluations * len(runs.x) - self.num_steps * (len(self.held_back) + len(runs.x))
         parameters, run, error = nothing, before, self.residuals(before, nothing)[1]
-        for begin in (self.on_the_path, lambda: nothing[: self.family.num_gaps]):  # the second where the first gains no more
+        for begin in (self.on_the_path, lambda: nothing[: family.num_gaps]):  # the second where the first gains no more
             if runs.spent + self.num_steps * len(self.fitted) <= most:
                 found = self.rounds(*self.start(begin()), most)
                 if found[2] < error:
                     parameters, run, error = found
-        held = runs.follow(self.family.plan(parameters), self.held_back)
-        return parameters, self.report(uncalibrated.end[rows], torch.cat([run.end, held.end]))
+        held_after = runs.follow(family.plan(parameters), self.held_back, keep=lambda values: values)
+        before_losses = self.losses(self.left(held_before, nothing, self.path_held_back))
+        if not (better := self.is_better(held_after, parameters, before_losses)):
+            whole = runs.follow(family.plan(parameters / 2), everyone, keep=lambda values: values)
+            if better := self.is_better(whole.of(self.held_back), parameters / 2, before_losses):
+                parameters, run, held_after = parameters / 2, whole.of(self.fitted), whole.of(self.held_back)
+        return parameters, self.report(better, (before.end, held_before.end), (run.end, held_after.end))
+
+    def is_better(self, run: _Run, parameters: Tensor, before: Tensor) -> bool:
+        """Whether a run of the starts held back has smaller losses than before, in the mean or in the median."""
+        losses = self.losses(self.left(run, parameters, self.path_held_back))
+        return bool(losses.mean() < before.mean() or losses.quantile(0.5) < before.quantile(0.5))
 
     def check_repeated(self, denoised: Tensor) -> None:
         """Raises where the first predictions of the starts fitted are not those of the pilot, which has the same first level."""
@@ -341,19 +363,33 @@ class _Fit:
             )
 
     def residuals(self, run: _Run, parameters: Tensor) -> tuple[Tensor, float]:
-        """What is left between a run and the pilot, [n, m], and what the fit makes least."""
-        left = (self.ends(run.end) - self.target) * self.scale
-        robust = WATERSHED * torch.log1p(self.errors_of(left) / WATERSHED).mean()
-        total = (robust + PRIOR * parameters @ parameters).item()
+        """What is left between a run of the starts fitted and the pilot's, and what the fit makes least."""
+        left = self.left(run, parameters, self.path)
+        total = (self.losses(left).mean() + PRIOR * parameters @ parameters).item()
         return left, total if math.isfinite(total) else math.inf
 
-    def errors_of(self, left: Tensor) -> Tensor:
-        """Of each sample, from what is left of all."""
-        return left.square().sum(1) * len(left)
+    def left(self, run: _Run, parameters: Tensor, path: Path, rows: Tensor | slice = slice(None), first: int = 0) -> Tensor:
+        """What is left between the pilot's path and a run from step `first` on: at its later levels and then where it ends, [n, levels, m],
+        in standard deviations by the root of m. At a level l as much counts as data of a Gaussian's variance would keep of it to the end.
+
+        Args:
+            rows: those of the path.
+        """
+        plan, left = self.family.plan(parameters), []
+        alphas, er_lambdas = plan.alphas.tolist(), plan.er_lambdas.tolist()
+        for i, state in enumerate(run.states[1:], first + 1):
+            kept = math.sqrt(self.variance / (self.variance + er_lambdas[i] ** 2))
+            left.append(kept * (self.runs.seen(state) / alphas[i] - path.at(er_lambdas[i])[0][rows]))
+        return torch.stack([*left, self.ends(run.end) - path.end[rows]], dim=1) * self.scale
+
+    def losses(self, left: Tensor) -> Tensor:
+        """Of each sample, [n]."""
+        return WATERSHED * torch.log1p(left.square().sum(2) / WATERSHED) @ self.shares
 
     def on_the_path(self) -> Tensor:
         """The parameters of the gaps whose steps err least along the pilot's path."""
-        begun = [place_on_path(self.path, self.family, self.starts, self.scale, math.log(factor)) for factor in SHORTENED]
+        scale = self.scale / math.sqrt(len(self.fitted))
+        begun = [place_on_path(self.path, self.family, self.starts, scale, math.log(factor)) for factor in SHORTENED]
         return min(begun, key=lambda one: one[1])[0][: self.family.num_gaps]
 
     def start(self, gaps: Tensor) -> tuple[Tensor, _Run]:
@@ -391,16 +427,16 @@ class _Fit:
                 break
             jacobian[some] = self.derivatives(here, run, left, some)
             known[some] = True
-            weights = (1 + self.errors_of(left) / WATERSHED).rsqrt()[known, None]
-            rows, columns = (weights * left[known]).flatten(), (weights[:, :, None] * jacobian[known]).flatten(0, 1)
-            model = Quadratic.of(columns, rows, here, count / known.sum().item())
+            weights = (self.shares / (1 + left[known].square().sum(2) / WATERSHED) / known.sum()).sqrt()[:, :, None]
+            rows, columns = (weights * left[known]).flatten(), (weights[..., None] * jacobian[known]).flatten(0, 2)
+            model = Quadratic.of(columns, rows, here)
             step = family.within(here + model.step(damping, family.num_gaps)) - here
             there = here + step
             tried = self.runs.follow(family.plan(there), self.fitted, keep=lambda values: values)
             left_there, error_there = self.residuals(tried, there)
             if math.isfinite(error_there):
                 missed = left_there[known] - left[known] - jacobian[known] @ step
-                jacobian[known] += missed[:, :, None] * step / (step @ step)
+                jacobian[known] += missed[..., None] * step / (step @ step)
             ratio = (error - error_there) / max(model.gain(step), 1e-30)
             idle = 0 if error_there < (1 - LITTLE) * error or not known.all() else idle + 1
             if error_there < error:
@@ -413,33 +449,32 @@ class _Fit:
         return here, run, error
 
     def derivatives(self, here: Tensor, run: _Run, left: Tensor, some: Tensor) -> Tensor:
-        """Of what is left of some samples, [some, m, size], by differences; a run goes on from the step that a parameter changes."""
-        rows, columns = self.fitted[some], []
-        on = some.to(run.end.device)
-        states, kept = ([values[on] for values in of] for of in (run.states, run.denoised))
+        """Of what is left of some samples, [some, levels, m, size], by differences; a run goes on from the step that a parameter changes."""
+        run, left, columns = run.of(some), left[some], []
         for k, first in enumerate(self.family.changes):
             there = here.clone()
             there[k] += (difference := -DIFFERENCE if k < self.family.num_gaps else DIFFERENCE)
-            history = kept[max(first - ORDER + 1, 0) : first + 1][::-1]
-            moved = self.runs.follow(self.family.plan(there), rows, first, states[first], history)
-            columns.append(((self.ends(moved.end) - self.target[some]) * self.scale - left[some]) / difference)
-        return torch.stack(columns, dim=2).nan_to_num(0.0, 0.0, 0.0)
+            history = run.denoised[max(first - ORDER + 1, 0) : first + 1][::-1]
+            plan, rows = self.family.plan(there), self.fitted[some]
+            moved = self.runs.follow(plan, rows, first, run.states[first], history, keep=lambda values: values)
+            columns.append(torch.zeros_like(left))
+            columns[-1][:, first:] = (self.left(moved, there, self.path, some, first) - left[:, first:]) / difference
+        return torch.stack(columns, dim=3).nan_to_num(0.0, 0.0, 0.0)
 
-    def report(self, uncalibrated: Tensor, fitted: Tensor) -> CalibrationReport:
-        """By where the runs of the two plans end, of the starts fitted and then of those held back."""
-        count, rows = len(self.fitted), torch.cat([self.fitted, self.held_back])
-        before, after = self.errors(uncalibrated, rows), self.errors(fitted, rows)
-        means = before[count:].mean().item(), after[count:].mean().item()
-        medians = before[count:].quantile(0.5).item(), after[count:].quantile(0.5).item()
+    def report(self, better: bool, uncalibrated: tuple[Tensor, Tensor], fitted: tuple[Tensor, Tensor]) -> CalibrationReport:
+        """By where the runs of the two plans end, of the starts fitted and of those held back."""
+        rows = (self.fitted, self.held_back)
+        before, held_before = map(self.errors, uncalibrated, rows)
+        after, held_after = map(self.errors, fitted, rows)
         return CalibrationReport(
-            calibrated=means[1] < means[0] or medians[1] < medians[0],
-            error_before=before[:count].mean().item(),
-            error_after=after[:count].mean().item(),
-            held_back_before=means[0],
-            held_back_after=means[1],
-            median_before=medians[0],
-            median_after=medians[1],
-            variance=self.ends(fitted).var(0, correction=0).mean().item() / self.variance,
+            calibrated=better,
+            error_before=before.mean().item(),
+            error_after=after.mean().item(),
+            held_back_before=held_before.mean().item(),
+            held_back_after=held_after.mean().item(),
+            median_before=held_before.quantile(0.5).item(),
+            median_after=held_after.quantile(0.5).item(),
+            variance=self.ends(torch.cat(fitted)).var(0, correction=0).mean().item() / self.variance,
             evaluations=self.runs.spent / len(self.runs.x),
-            starts=(count, len(rows) - count),
+            starts=(len(self.fitted), len(self.held_back)),
         )

@@ -178,16 +178,10 @@ class Quadratic(NamedTuple):
     hessian: Tensor
 
     @classmethod
-    def of(cls, jacobian: Tensor, residuals: Tensor, parameters: Tensor, share: float = 1.0) -> "Quadratic":
-        """Of |residuals|^2 + PRIOR |parameters|^2, halved, by Gauss and Newton.
-
-        Args:
-            jacobian: [k, p]; residuals: [k].
-            share: how many times as many residuals there are.
-        """
+    def of(cls, jacobian: Tensor, residuals: Tensor, parameters: Tensor) -> "Quadratic":
+        """Of |residuals|^2 + PRIOR |parameters|^2, halved, by Gauss and Newton; jacobian [k, p], residuals [k]."""
         prior = PRIOR * torch.eye(len(parameters), dtype=torch.float64, device=CPU)
-        gradient, hessian = jacobian.T @ residuals, jacobian.T @ jacobian
-        return cls(share * gradient + PRIOR * parameters, share * hessian + prior)
+        return cls(jacobian.T @ residuals + PRIOR * parameters, jacobian.T @ jacobian + prior)
 
     def step(self, damping: float, num_gaps: int) -> Tensor:
         """That of Levenberg (1944), damped in the proportions of Marquardt (1963); no gap's logarithm changes by more than LONGEST."""

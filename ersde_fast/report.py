@@ -11,8 +11,8 @@ class CalibrationReport(NamedTuple):
     the median how near the others end.
 
     Attributes:
-        calibrated: False where the fit was worse on the starts held back, in the mean and in the median: the plan is then the
-            uncalibrated one.
+        calibrated: False where the fit, and what is half way to it, was worse on the starts held back, in the mean and in the median of
+            what the fit makes least, which counts the way to a result too: the plan is then the uncalibrated one.
         error_before, error_after: the mean on the starts that were fitted, of the uncalibrated plan and of the fitted one.
         held_back_before, held_back_after: the mean on the starts held back.
         median_before, median_after: the median there.

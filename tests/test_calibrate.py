@@ -8,11 +8,12 @@ import torch
 from torch.nn.functional import dropout, one_hot
 
 from ersde_fast import Plan, calibrate_plan, er_sde_plan, place_sigmas, sample_er_sde
+from ersde_fast.calibrate import _Fit
 from ersde_fast.graph import SamplingGraph
 from ersde_fast.pilot import Family, Path, along
 from ersde_fast.sample import sample_plan
 from ersde_fast.schedules import flow_sigmas, karras_sigmas
-from problems import Mixture
+from problems import Empirical, Mixture
 
 SIZE = 6
 PILOT = karras_sigmas(24, 0.01, 40.0)
@@ -130,6 +131,41 @@ def test_what_is_worse_on_the_starts_held_back_is_not_returned():
     assert torch.equal(plan.table, er_sde_plan(placed, guidance=1.0).table)
 
 
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_data_of_which_every_result_is_a_point(seed):
+    """Ends say nothing there until they are at another point: the way does, to the fit and to what decides whether it is returned."""
+    points = Empirical(torch.randn(40, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+
+    def of(x, sigma):
+        return points.denoise(x, sigma[0].item())
+
+    def elsewhere(plan):
+        x = starts(400, seed=9)
+        exact = sample_plan(er_sde_plan(karras_sigmas(100, 0.01, 40.0), noise_scaler="ode", order=3), of, x, disable=True)
+        return ((sample_plan(plan, of, x, disable=True) - exact).square().mean(1) > 0.1).sum().item()
+
+    plan = calibrated(of=of, x=starts(seed=seed))
+    assert plan.report.calibrated
+    assert elsewhere(plan) < 0.7 * elsewhere(er_sde_plan(place_sigmas(of, starts(seed=seed), PILOT, 5), noise_scaler="ode"))
+
+
+def test_half_way_where_the_whole_is_refused(plan, monkeypatch):
+    """Half of the logarithms of the gaps' factors, and of what the fit adds to the weights; of no more evaluations."""
+    answers = iter([False, True])
+    with monkeypatch.context() as patched:
+        patched.setattr(_Fit, "is_better", lambda *_: next(answers))
+        half = calibrated()
+    placed = place_sigmas(model, starts(), PILOT, 5)[1:-1].log()
+    gaps, half_gaps, placed_gaps = (
+        levels.diff().abs().log() for levels in (plan.sigmas[1:-1].log(), half.sigmas[1:-1].log(), placed)
+    )
+    torch.testing.assert_close(half_gaps, (gaps + placed_gaps) / 2, rtol=0, atol=1e-9)
+    added, half_added = (p.weights - er_sde_plan(p.sigmas, noise_scaler="ode").weights for p in (plan, half))
+    torch.testing.assert_close(half_added, added / 2, rtol=0, atol=1e-12)
+    assert half.report.calibrated and plan.report.evaluations + 5 == half.report.evaluations <= 200
+    assert half.report.error_after > plan.report.error_after
+
+
 def scaled(process):
     """The model of another process, in its own variables."""
 
@@ -143,11 +179,11 @@ def scaled(process):
 
 @pytest.mark.parametrize("process", ["vp", "flow"])
 def test_every_process_of_one_model_has_the_same_plan(process):
-    """In er_lambda, but for float32's rounding of the sigmas that the model sees, which many rounds would magnify."""
+    """In er_lambda, but for float32's rounding of the sigmas that the model sees, 1e-4 of er_lambda 40 as vp's, which rounds magnify."""
     levels = er_sde_plan(PILOT).er_lambdas
     alphas = torch.rsqrt(1 + levels**2) if process == "vp" else 1 / (1 + levels)
     made = calibrated(of=scaled(process), x=starts() * alphas[0], sigmas=levels * alphas, process=process, evaluations=60)
-    torch.testing.assert_close(made.er_lambdas, calibrated(evaluations=60).er_lambdas, rtol=0.01, atol=0)
+    torch.testing.assert_close(made.er_lambdas, calibrated(evaluations=60).er_lambdas, rtol=0.03, atol=0)
     assert made.report.median_after < 0.1 * made.report.median_before
 
 
