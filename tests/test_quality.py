@@ -30,6 +30,7 @@ from problems import (
     gaussian_error,
     gaussian_frechet,
     gaussian_variance,
+    precision_recall,
     sliced_wasserstein,
 )
 from samplers import KINDS, RIVALS, kind_of, limit_of, of_diffusers, of_k_diffusion, ours, under_guidance
@@ -79,6 +80,19 @@ def test_moments_and_distances():
         0.5, rel=0.1
     )  # mean |cosine| in three dimensions
     assert 0.5 < data_std(digits_mixture()) < 0.6
+
+
+def test_precision_falls_by_samples_elsewhere_and_recall_by_modes_left_out():
+    """Two squares far apart, even samples: all of x in one is precise and recalls half; both and as many elsewhere, the reverse."""
+    here, there = (torch.rand(400, 2, dtype=torch.float64, generator=generator(k)) + 10 * k for k in (0, 1))
+    y, again = torch.cat([here, there]), torch.rand(400, 2, dtype=torch.float64, generator=generator(2))
+    assert precision_recall(y, y) == (1, 1)
+    precision, recall = precision_recall(again, y)
+    assert precision > 0.9 and 0.45 < recall <= 0.5
+    precision, recall = precision_recall(torch.cat([y, 50 + 10 * y]), y)
+    assert precision == 0.5 and recall == 1
+    line = torch.arange(5, dtype=torch.float64)[:, None]  # the third neighbours of 0 to 4 are at 3, 2, 2, 2, 3
+    assert precision_recall(torch.tensor([[-3.0], [-3.1], [6.9], [7.1]], dtype=torch.float64), line)[0] == 0.5
 
 
 @pytest.mark.parametrize("name", ["published", "newton", "rival"])

@@ -11,8 +11,8 @@ import cells
 import guidance
 from ersde_fast import Plan, calibrate_plan, sample_er_sde
 from ersde_fast.schedules import karras_sigmas
-from problems import Mixture, digits_mixture
-from samplers import under_guidance
+from problems import Mixture, data_std, digits_mixture
+from samplers import contenders, under_guidance
 
 STARTS = (16, 64)
 PILOTS = (0, 1, 2)
@@ -23,6 +23,8 @@ FEW = (5, 6, 8)
 BUDGETS = (100, 400)  # beside the default
 GUIDANCE = (2.5, 5.0)
 GUIDED_NETWORKS = {"emoji": (1.0, 5.0), "digits_classes": (5.0,)}
+UNCALIBRATED = {"ode": "newton 3, c = 10 std, ode", "sde_5": "newton 3, c = 10 std"}
+COVERED = (5, 8)  # evaluations at which precision and recall are measured
 
 
 def run_of(plan: Plan):
@@ -97,6 +99,26 @@ def seed_cells(seed: int):
         yield key, functools.partial(measure_exact, name, count, pilot, n, kind, seed)
 
 
+def coverage_cells():
+    """Precision and recall on the mixture, whose samples are all different: of exact samples, uncalibrated plans and calibrated ones."""
+    problem, of = digits_mixture(), "mixture, coverage"
+    samplers = contenders(data_std(problem))
+
+    def of_plan(pilot, n, kind, seed):
+        plan = of_exact("mixture", STARTS[0], pilot, n, kind)
+        return cells.coverage(problem, run_of(plan), n, seed, cells.SAMPLES, lambda _: plan.sigmas)
+
+    for seed in cells.SEEDS:
+        measure = functools.partial(cells.coverage, problem, seed=seed, samples=cells.SAMPLES)
+        yield f"{of} | {cells.FLOOR} | {COVERED[0]} | {seed}", functools.partial(measure, None, COVERED[0])
+        for kind, n in itertools.product(KINDS, COVERED):
+            run, spacing = samplers[UNCALIBRATED[kind]], functools.partial(cells.placed, "mixture")
+            yield f"{of} | {UNCALIBRATED[kind]} | {n} | {seed}", functools.partial(measure, run, n, spacing=spacing)
+            for pilot in PILOTS:
+                key = f"{of}, {STARTS[0]} starts | {name_of(pilot, kind)} | {n} | {seed}"
+                yield key, functools.partial(of_plan, pilot, n, kind, seed)
+
+
 def exact_cells():
     """(key, measure) of the exact problems: their moments are those of the data."""
     yield from seed_cells(0)
@@ -108,6 +130,7 @@ def exact_cells():
         yield key, functools.partial(measure_exact, "mixture", 16, pilot, n, kind, 0, allowed)
     for seed in cells.SEEDS[1:]:
         yield from seed_cells(seed)
+    yield from coverage_cells()
 
 
 def network_cells(device: str):

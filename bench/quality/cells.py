@@ -15,6 +15,7 @@ from problems import (
     gaussian_amplification,
     gaussian_error,
     gaussian_frechet,
+    precision_recall,
     sliced_wasserstein,
     spectra,
 )  # fmt: skip
@@ -100,23 +101,37 @@ def steps_of(run, evaluations: int) -> int:
     return math.ceil(evaluations / getattr(run, "evaluations", 1))
 
 
+def made_by(run, problem, evaluations: int, seed: int, samples: int, spacing=karras) -> torch.Tensor:
+    """What a sampler makes, [samples, d]; None makes exact samples."""
+    g = torch.Generator().manual_seed(1000 + seed)
+    if run is None:
+        return problem.sample(samples, g)
+    draw = lambda i=None: torch.randn(samples, len(problem.mean), dtype=torch.float64, generator=g)  # noqa: E731
+    sigmas = spacing(steps_of(run, evaluations))
+    return run(problem.denoise, sigmas[0] * draw(), sigmas, draw)
+
+
+def to_compare(problem, seed: int, samples: int) -> torch.Tensor:
+    """The exact samples that those of a seed are compared with."""
+    return problem.sample(samples, torch.Generator().manual_seed(5000 + seed))
+
+
 def measure(problem, run, evaluations: int, seed: int, samples: int, spacing=karras) -> dict:
     """One cell: the distances of the samples' moments and of their projections to the exact ones."""
-    g = torch.Generator().manual_seed(1000 + seed)
-    shape = (samples, len(problem.mean))
-    draw = lambda i=None: torch.randn(shape, dtype=torch.float64, generator=g)  # noqa: E731
-    if run is None:
-        x = problem.sample(samples, g)
-    else:
-        sigmas = spacing(steps_of(run, evaluations))
-        x = run(problem.denoise, sigmas[0] * draw(), sigmas, draw)
+    x = made_by(run, problem, evaluations, seed, samples, spacing)
     if not x.isfinite().all():
         return {"frechet": float("inf"), "wasserstein": float("inf")}
-    exact = problem.sample(samples, torch.Generator().manual_seed(5000 + seed))
+    exact = to_compare(problem, seed, samples)
     trace = torch.cov(x.T, correction=0).trace() / problem.covariance.trace()
     return {
         "frechet": frechet(x, problem.mean, problem.covariance), "wasserstein": sliced_wasserstein(x, exact), "trace": trace.item(),
     }  # fmt: skip
+
+
+def coverage(problem, run, evaluations: int, seed: int, samples: int, spacing=karras) -> dict:
+    """One cell: how many of the samples lie where exact ones do, and how many of these where the samples do."""
+    x = made_by(run, problem, evaluations, seed, samples, spacing)
+    return dict(zip(("precision", "recall"), precision_recall(x, to_compare(problem, seed, samples)), strict=True))
 
 
 def exact_cells():

@@ -366,7 +366,7 @@ def calibration(results: dict, problem: str, levels: list[str], counts=calibrate
     """Calibrated plans beside the same sampler uncalibrated and the best rival."""
     least = floor(results, problem)
     rows = [["the best of other packages, on its best levels", *(best_rival(results, levels, n) for n in evaluations)]]
-    for kind, sampler in (("ode", f"{OURS}, ode"), ("sde_5", OURS)):
+    for kind, sampler in calibrated.UNCALIBRATED.items():
         rows.append([f"`{kind}`, uncalibrated", *(number(over_seeds(results, levels[1], sampler, n)) for n in evaluations)])
         for count in counts:
             of = f"{problem}, {count} starts"
@@ -423,6 +423,19 @@ def calibration_guided(results: dict, name: str, scales: tuple) -> str:
     return markdown(titles, rows)
 
 
+def calibration_coverage(results: dict) -> str:
+    """Precision and recall of calibrated plans beside the same sampler uncalibrated and exact samples."""
+    of, titles = "mixture, coverage", [f"{what} at {n}" for n in calibrated.COVERED for what in ("precision", "recall")]
+    every = functools.partial(over_seeds, results, of)
+    columns = [(n, what) for n in calibrated.COVERED for what in ("precision", "recall")]
+    rows = [["exact samples", *(number(every(cells.FLOOR, calibrated.COVERED[0], what)) for _, what in columns)]]
+    for kind, sampler in calibrated.UNCALIBRATED.items():
+        rows.append([f"`{kind}`, uncalibrated", *(number(every(sampler, n, what)) for n, what in columns)])
+        made = functools.partial(over_pilots, results, f"{of}, {calibrated.STARTS[0]} starts", kind)
+        rows.append([f"`{kind}`, calibrated on 16 starts", *(number(made(n, what=what)) for n, what in columns)])
+    return markdown(["mixture", *titles], rows)
+
+
 def calibration_tables(results: dict) -> dict[str, str]:
     if not over_pilots(results, "mixture, 16 starts", "ode", 8):
         return {}
@@ -431,6 +444,7 @@ def calibration_tables(results: dict) -> dict[str, str]:
         "calibrated mixture": calibration(results, "mixture", of_mixture),
         "calibrated digits": calibration(results, "digits", ["digits", "digits, placed"]),
         "calibration, evaluations": calibration_budgets(results), "calibration, guided": calibration_guided(results, guidance.EXACT, calibrated.GUIDANCE),
+        "calibration, coverage": calibration_coverage(results),
     }  # fmt: skip
     for name, scales in calibrated.GUIDED_NETWORKS.items():
         if all(over_pilots(results, f"{name}, guidance {scale:g}, 64 starts", "sde_5", 8) for scale in scales):

@@ -137,6 +137,21 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256) -> float:
     return ((x @ directions).sort(0).values - (y @ directions).sort(0).values).abs().mean().item()
 
 
+def precision_recall(x: Tensor, y: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """The share of samples x [n, d] that lie where samples y [m, d] do, and of y that lie where x do.
+
+    A sample lies where others do that is no farther from one of them than that one's k-th nearest neighbour among them.
+
+    Source: Kynkaanniemi et al. 2019 ("Improved precision and recall metric for assessing generative models"), k = 3.
+    """
+
+    def within(points: Tensor, others: Tensor) -> float:
+        radii = torch.cdist(others, others).kthvalue(neighbours + 1, dim=1).values  # the nearest is the sample itself
+        return (torch.cdist(points, others) <= radii).any(1).double().mean().item()
+
+    return within(x, y), within(y, x)
+
+
 def spectra() -> dict[str, Tensor]:
     """Eigenvalues of Gaussian data of 12,288 dimensions and mean variance 0.25: white, and as images' fall."""
     k = torch.arange(1, 12289, dtype=torch.float64)
