@@ -15,6 +15,7 @@ from problems import Mixture, data_std, digits_mixture
 from samplers import contenders, under_guidance
 
 STARTS = (16, 64)
+NETWORK_STARTS = {"network": (64,), "network without classes": (64, 256)}
 PILOTS = (0, 1, 2)
 PILOT_STEPS = 32
 KINDS = ("ode", "sde_5")
@@ -143,21 +144,22 @@ def network_cells(device: str):
     )
 
     @functools.cache
-    def plan(name, pilot, n, kind):
+    def plan(name, count, pilot, n, kind):
         of, sigmas = network(name), karras_sigmas(PILOT_STEPS)
-        x = starts((64, *of.shape), sigmas[0].item(), pilot, torch.float32, device)
-        told = {"labels": one_hot(torch.arange(64, device=device) % 10, 10).float()} if name == "network" else {"labels": None}
+        x = starts((count, *of.shape), sigmas[0].item(), pilot, torch.float32, device)
+        labels = one_hot(torch.arange(count, device=device) % 10, 10).float() if name == "network" else None
         model = lambda x, sigma, labels: of.call(x, sigma[0].item(), labels)  # noqa: E731
         with torch.compiler.set_stance("force_eager"):  # of rows as many as it likes
-            return calibrate_plan(model, x, n, sigmas, told, noise_scaler=kind, disable=True)
+            return calibrate_plan(model, x, n, sigmas, {"labels": labels}, noise_scaler=kind, disable=True)
 
-    def cell(name, pilot, n, kind, seed):
-        made = plan(name, pilot, n, kind)
+    def cell(name, count, pilot, n, kind, seed):
+        made = plan(name, count, pilot, n, kind)
         return network(name).compare(network(name).run(run_of(made), made.sigmas, seed), limit(name))
 
-    for name, n, pilot, kind, seed in itertools.product(cells.NETWORKS, FEW, PILOTS, KINDS, cells.SEEDS):
-        key = f"{name}, 64 starts | {name_of(pilot, kind)} | {n} | {seed}"
-        yield key, functools.partial(cell, name, pilot, n, kind, seed)
+    for name, counts in NETWORK_STARTS.items():
+        for n, count, pilot, kind, seed in itertools.product(FEW, counts, PILOTS, KINDS, cells.SEEDS):
+            key = f"{name}, {count} starts | {name_of(pilot, kind)} | {n} | {seed}"
+            yield key, functools.partial(cell, name, count, pilot, n, kind, seed)
 
 
 @functools.cache

@@ -215,7 +215,7 @@ def network_cells(device: str):
     plan = [(name, FLOOR, [LIMIT_STEPS]) for name in NETWORKS]
     plan += [(name, sampler, few) for name, chosen in NETWORKS.items() for sampler in chosen]
     plan += [(name, sampler, (8, 10, 20)) for name in NETWORKS for sampler in RIVALS if sampler not in ON_NETWORK]
-    plan += [(f"{name}, placed", sampler, (6, 8, 10)) for name in NETWORKS for sampler in PLACED]
+    plan += [(f"{name}, placed", sampler, (5, 6, 8, 10)) for name in NETWORKS for sampler in PLACED]
     plan += [(name, OF_ODE, [LIMIT_STEPS]) for name in NETWORKS]  # an ODE's own limit, which differs where the network errs
     for name, sampler, evaluations in plan:
         run = LIMIT if sampler == FLOOR else samplers[sampler]

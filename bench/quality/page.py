@@ -449,9 +449,9 @@ def calibration_tables(results: dict) -> dict[str, str]:
     for name, scales in calibrated.GUIDED_NETWORKS.items():
         if all(over_pilots(results, f"{name}, guidance {scale:g}, 64 starts", "sde_5", 8) for scale in scales):
             made[f"calibration, {name}"] = calibration_guided(results, name, scales)
-    for name in cells.NETWORKS:
-        if over_pilots(results, f"{name}, 64 starts", "ode", 8):
-            made[f"calibrated {name}"] = calibration(results, name, [name, f"{name}, placed"], (64,))
+    for name, counts in calibrated.NETWORK_STARTS.items():
+        if over_pilots(results, f"{name}, {counts[-1]} starts", "ode", 8):
+            made[f"calibrated {name}"] = calibration(results, name, [name, f"{name}, placed"], counts)
     return made
 
 
