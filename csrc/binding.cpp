@@ -80,7 +80,7 @@ bool set_seeds(StepArgs& a, py::handle seed, const at::Device& device, at::Tenso
     return true;
   }
   const at::Tensor* given = tensor_of(seed);
-  if (!given) return false;
+  if (!given || !is_plain(*given)) return false;
   table = given->to(device, /*non_blocking=*/true).contiguous();
   a.drawn.seeds = table.const_data_ptr<int64_t>();
   return true;
@@ -89,7 +89,8 @@ bool set_seeds(StepArgs& a, py::handle seed, const at::Device& device, at::Tenso
 // A contiguous int64 tensor of that shape on that device; nullptr where it is something else.
 const at::Tensor* index_of(py::handle h, at::IntArrayRef shape, const at::Device& device) {
   const at::Tensor* t = tensor_of(h);
-  return t && t->scalar_type() == at::kLong && t->sizes() == shape && t->device() == device && t->is_contiguous() ? t : nullptr;
+  if (!t || !is_plain(*t) || t->scalar_type() != at::kLong || t->sizes() != shape) return nullptr;
+  return t->device() == device && t->is_contiguous() ? t : nullptr;
 }
 
 // Which row of the table each sample steps by. i: a number; or an int64 tensor, 0-dim; or a pair (plan, step) of int64 [batch].
@@ -220,14 +221,15 @@ py::object step(const StepCall& call) {
       if (call.cfg_pp.ptr() == Py_True) add_term(*guide, ersde::kWGuide, dtype);
       if (scales) {
         if (scales->scalar_type() != at::kDouble || scales->dim() != 1 || scales->size(0) != (x.dim() ? x.size(0) : 1)) return py::none();
-        if (scales->device() != x.device() || !scales->is_contiguous()) return py::none();
+        if (scales->device() != x.device() || !scales->is_contiguous() || !fits(*scales)) return py::none();
         a.rows.scales = scales->const_data_ptr<double>();
       } else {
         PyObject* scale = call.scale.ptr();
         a.rows.scale = PyFloat_AsDouble(scale);
-        if (PyErr_Occurred()) PyErr_Clear();  // it is -1 then
+        const bool fits_double = !PyErr_Occurred();
+        if (!fits_double) PyErr_Clear();
         const bool number = PyFloat_Check(scale) || (PyLong_Check(scale) && !PyBool_Check(scale));
-        if (!number || !std::isfinite(a.rows.scale)) return py::none();
+        if (!number || !fits_double || !std::isfinite(a.rows.scale)) return py::none();
       }
     }
   } else if (!call.unconditional.is_none()) {

@@ -54,9 +54,10 @@ bool is_differentiated(const at::Tensor& t, bool grad_mode) {
   return (grad_mode && t.requires_grad()) || t._fw_grad(/*level=*/0).defined();
 }
 
-// Whether a mode of Python wants to see every operator, as tracers do.
+// Whether a mode of Python or TorchScript's tracer wants to see every operator.
 bool is_traced() {
-  return c10::impl::TorchDispatchModeTLS::any_modes_set() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() || c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
 }
 
 // Makes the device of a tensor the current one, where it is not: to ask costs less than to set and set back.

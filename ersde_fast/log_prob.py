@@ -24,8 +24,6 @@ from .request import (
     checked,
     known_row,
     known_rows,
-    model_output,
-    pair_of,
 )
 
 Reduction = Literal["sum", "mean"]
@@ -63,22 +61,16 @@ def step_log_prob(
 
     Raises:
         ValueError: where the device has no float64; where the step adds no noise, so that its result has no density; as NaN in compiled code and where
-            only the device knows. In compiled code a prediction that is missing gives NaN too.
+            only the device knows. In compiled code a prediction that a number i lacks gives NaN too.
 
     Source: the Gaussian that the step of arXiv 2309.06169 draws from, as arXiv 2305.13301 trains with.
     """
     check_reduction("reduction", reduction)
     output = OutputArguments(prediction_type, guidance, cfg_pp)
-    if torch.compiler.is_dynamo_compiling():
-        history, guides = history[: plan.order], [] if guidance is None else [("guidance[0]", pair_of(guidance)[0])]
-        for name, tensor in [("x_next", x_next), *((f"history[{j}]", d) for j, d in enumerate(history)), *guides]:
-            check_like(name, tensor, x)
-        return log_prob(
-            StepRequest(plan.predicting(prediction_type, cfg_pp), i, x, history, output=model_output(output)), x_next, reduction
-        )
     request = checked(plan, i, x, history, output=output)
     check_like("x_next", x_next, x)
-    check_log_prob(plan, i, x)
+    if not torch.compiler.is_dynamo_compiling():
+        check_log_prob(plan, i, x)
     return log_prob(request, x_next, reduction)
 
 

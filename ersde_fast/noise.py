@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _is_tracing, _len_torch_dispatch_stack
 
 WORD = 0xFFFFFFFF
 MAX_POSITIONS = 2**42  # elements of a sample: 40 bits of the counter hold the group
@@ -89,8 +90,8 @@ def check_torch_layout(torch_layout) -> None:
 def seed_table(seed, batch: int) -> Tensor:
     """The seed argument as an int64 tensor [batch, 2] of (seed as a signed word, sample)."""
     if isinstance(seed, Tensor):
-        if seed.dtype == torch.int64 and seed.shape == (batch, 2) and not has_values(seed):
-            return seed
+        if not seed.is_meta and seed.layout == torch.strided and not has_values(seed):
+            return _pairs(seed, batch)
         if seed.is_meta or seed.layout != torch.strided:
             raise TypeError(f"seed must be a tensor that holds numbers, got {seed.layout} on {seed.device}")
         seed = seed.tolist()
@@ -115,11 +116,41 @@ def seed_table(seed, batch: int) -> Tensor:
     return torch.tensor(signed, dtype=torch.int64, device="cpu").reshape(batch, 2)
 
 
+def _pairs(seed: Tensor, batch: int) -> Tensor:
+    """`seed_table` of a tensor whose numbers only a device, a transform or a tracer knows."""
+    if seed.dtype == torch.bool or seed.is_floating_point() or seed.is_complex():
+        raise TypeError(f"seed must hold whole numbers or pairs (seed, sample) of them, got {seed.dtype}")
+    seed = seed.long()
+    if seed.dim() == 0:
+        return torch.stack([seed.expand(batch), torch.arange(batch, device=seed.device)], dim=1)
+    if seed.shape == (batch,):
+        return torch.stack([seed, torch.zeros_like(seed)], dim=1)
+    if seed.shape != (batch, 2):
+        raise ValueError(
+            f"seed must be [], [{batch}] or [{batch}, 2], one for each sample of the batch, got {tuple(seed.shape)}"
+        )
+    return seed
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether Python may look at the numbers: they are on the host, and no transform or tracer stands before them."""
     if torch.compiler.is_dynamo_compiling():
         return False
-    return tensor.is_cpu and type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    plain = tensor.is_cpu and type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return plain and not _is_traced(tensor)
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether a tracer follows a tensor that holds numbers, which in its trace are none: what is read now would stay in it."""
+    if _is_tracing():  # TorchScript
+        return True
+    if _len_torch_dispatch_stack() == 0 and not _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch):
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot  # a tracer has imported it
+
+    mode = get_proxy_mode()
+    held = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    return held is not None and held.constant is None  # what was made within the trace of numbers alone is a constant of it
 
 
 def seeds_of(seed, x: Tensor) -> Tensor:
@@ -128,7 +159,7 @@ def seeds_of(seed, x: Tensor) -> Tensor:
 
 
 def _is_int(value) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, (bool, Tensor, np.ndarray))
+    return not isinstance(value, (bool, Tensor, np.ndarray)) and (isinstance(value, int) or hasattr(value, "__index__"))
 
 
 def specified_noise(

@@ -2,15 +2,17 @@
 
 `ersde_fast::step` is the step, `ersde_fast::step_from_output` the same from a model's output, which also returns the
 prediction. Both are functional, know their shapes without running, and are linear in x, in every prediction and in the noise:
-the derivatives in both directions are the weights, so nothing is kept for them but the table.
+the derivatives in both directions are the weights, so nothing is kept for them but the table, and both outputs where the
+scale of their guidance is followed.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -36,15 +38,16 @@ STEP = torch.ops.ersde_fast.step.default
 STEP_FROM_OUTPUT = torch.ops.ersde_fast.step_from_output.default
 
 
-def why_operator(tensors: list[Tensor]) -> str | None:
+def why_operator(request: StepRequest) -> str | None:
     """Why the step has to go through the dispatcher, if it has to; tensors of types that no kernel knows do not go there."""
-    if not all(type(t) in (Tensor, torch.nn.Parameter) or type(t).__name__ in TRACED for t in tensors):
+    if not all(type(t) in (Tensor, torch.nn.Parameter) or type(t).__name__ in TRACED for t in request.tensors):
         return None
+    tensors = [*request.tensors, *request.numbers]
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
         return "an input is wrapped by a function transform"
     if any(map(_is_differentiated, tensors)):
         return "an input requires a gradient or carries a tangent"
-    if is_in_torch_dispatch_mode() or any(type(t).__name__ in TRACED for t in tensors):
+    if is_in_torch_dispatch_mode() or _is_tracing() or any(type(t).__name__ in TRACED for t in tensors):
         return "it is being traced"
     return None
 
@@ -53,7 +56,7 @@ def _is_differentiated(tensor: Tensor) -> bool:
     """Whether autograd has to follow it, in either direction."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return tensor.is_floating_point() and forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def run(request: StepRequest):
@@ -82,7 +85,7 @@ def _seeds_to_trace(seeds, x: Tensor) -> Tensor:
     """The seeds as int64 [batch, 2], made of operators, so that neither the batch nor the seed is a constant of a trace."""
     batch = x.shape[0] if x.dim() else 1
     if isinstance(seeds, Tensor) and seeds.dim() == 2:
-        return seeds
+        return seeds.to(x.device)
     if isinstance(seeds, int):
         seeds = seeds if -(2**63) <= seeds < 2**63 else (seeds + 2**63) % 2**64 - 2**63
         samples = torch.arange(batch, device=x.device)
@@ -131,7 +134,7 @@ class Call(NamedTuple):
         return arguments if operator is STEP_FROM_OUTPUT else arguments[: -len(OF_OUTPUT)]
 
     def linear(self) -> list:
-        """Those that a step is linear in."""
+        """Those that a step is linear in, but for the scale."""
         return [self.x, *self.history, self.noise, self.unconditional]
 
 
@@ -195,6 +198,16 @@ def _coefficients(table, plan_index, step_index, scale, form: _Form) -> list[lis
     return [input_weights(row, form.history, factors), [p_x, p_m, *[None] * form.history, p_guide]]
 
 
+def _of_scale(table, plan_index, step_index, scale, form: _Form, output: Tensor, unconditional: Tensor) -> list[Tensor]:
+    """The derivative of each result with respect to the scale of the guidance, in float64 where a device has it."""
+    columns = look_up(table, step_index if plan_index is None else (plan_index, step_index))
+    row: Any = Row.of([per_sample(column, form.dim) for column in columns.unbind(-1)])
+    exact = torch.promote_types(output.dtype, torch.float32)
+    difference = output.to(exact) - unconditional.to(exact)
+    _, p_m = row.prediction
+    return [factor.to(exact).to(output.device) * difference for factor in (row.w_d[0] * p_m, p_m)]
+
+
 def _weighted(terms, dtype: torch.dtype) -> Tensor | None:
     """The sum of factor times tensor over the pairs that have both, accumulated as the step is."""
     terms = [(w, t) for w, t in terms if w is not None and t is not None]
@@ -208,40 +221,56 @@ class _Step(torch.autograd.function._SingleLevelFunction):
     """The derivative rules. One level of differentiation each: the dispatcher stacks levels, torch.func's too."""
 
     @staticmethod
-    def forward(operator, *flat):
+    def forward(operator, follows_scale, *flat):
         # Outer levels may differentiate what happens here, so their switches are on, as they were outside.
         with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return operator(*Call.of_flat(flat).arguments(operator))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        operator, *flat = inputs
+        operator, follows_scale, *flat = inputs
         call = Call.of_flat(flat)
-        ctx.save_for_backward(call.table, call.plan_index, call.step_index, call.scale)
-        ctx.save_for_forward(call.table, call.plan_index, call.step_index, call.scale)
+        outputs = (call.history[0], call.unconditional) if follows_scale else (None, None)
+        ctx.save_for_backward(call.table, call.plan_index, call.step_index, call.scale, *outputs)
+        ctx.save_for_forward(call.table, call.plan_index, call.step_index, call.scale, *outputs)
         ctx.form = _Form(call.x.dim(), len(call.history), operator is STEP_FROM_OUTPUT, call.unconditional is not None)
         ctx.dtypes = [None if t is None else t.dtype for t in call.linear()]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
-        factors = _coefficients(*ctx.saved_tensors, ctx.form)
-        _, *needed = ctx.needs_input_grad
+        *known, output, guide = ctx.saved_tensors
+        factors = _coefficients(*known, ctx.form)
+        _, _, *needed = ctx.needs_input_grad
+        needed = Call.of_flat(needed)
         x, *history, noise, unconditional = (
             _weighted([(f[k], g) for f, g in zip(factors, grads, strict=True)], dtype) if need else None
-            for k, (dtype, need) in enumerate(zip(ctx.dtypes, Call.of_flat(needed).linear(), strict=True))
+            for k, (dtype, need) in enumerate(zip(ctx.dtypes, needed.linear(), strict=True))
         )
-        gradients = Call.of([])._replace(x=x, history=history, noise=noise, unconditional=unconditional)
-        return None, *gradients.flat()
+        scale = None
+        if needed.scale:
+            of_scale = _of_scale(*known, ctx.form, output, guide)
+            product = _weighted(zip(of_scale, grads, strict=True), of_scale[0].dtype)
+            if product is not None:
+                of_sample = product.sum(tuple(range(1, product.dim()))) if product.dim() > 1 else product
+                scale = of_sample.reshape(known[-1].shape).to(known[-1])
+        gradients = Call.of([])._replace(x=x, history=history, noise=noise, unconditional=unconditional, scale=scale)
+        return None, None, *gradients.flat()
 
     @staticmethod
     def jvp(ctx, *tangents):
-        _, *tangents = tangents
-        tangents = Call.of_flat(tangents).linear()
-        any_tangent = next(t for t in tangents if t is not None)
+        _, _, *tangents = tangents
+        call = Call.of_flat(tangents)
+        *known, output, guide = ctx.saved_tensors
+        terms = [list(zip(factors, call.linear(), strict=True)) for factors in _coefficients(*known, ctx.form)]
+        if call.scale is not None:
+            moved = per_sample(call.scale, ctx.form.dim)
+            for of_result, factor in zip(terms, _of_scale(*known, ctx.form, output, guide), strict=True):
+                of_result.append((moved, factor))
+        any_tangent = next(t for t in (*call.linear(), output) if t is not None)
         results = []
-        for factors in _coefficients(*ctx.saved_tensors, ctx.form):
-            result = _weighted(zip(factors, tangents, strict=True), ctx.dtypes[0])
+        for of_result in terms:
+            result = _weighted(of_result, ctx.dtypes[0])
             results.append(torch.zeros_like(any_tangent, dtype=ctx.dtypes[0]) if result is None else result)
         return tuple(results) if ctx.form.predicts else results[0]
 
@@ -249,9 +278,10 @@ class _Step(torch.autograd.function._SingleLevelFunction):
 def _differentiable(operator, *arguments):
     """Follows what autograd wants to know, and passes on."""
     call = Call.of(arguments)
-    if any(_is_differentiated(t) for t in call.linear() if t is not None):
+    follows_scale = call.scale is not None and _is_differentiated(call.scale)
+    if follows_scale or any(_is_differentiated(t) for t in call.linear() if t is not None):
         with enable_single_level_autograd_function():
-            return _Step.apply(operator, *call.flat())
+            return _Step.apply(operator, follows_scale, *call.flat())
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends.base import FLOATS
+from .backends.library import is_scale
 from .noise import (
     MAX_POSITIONS,
     TORCH_PIECE,
@@ -77,6 +78,13 @@ class StepRequest(NamedTuple):
             tensors.append(self.output.unconditional)
         return tensors
 
+    @property
+    def numbers(self) -> list[Tensor]:
+        """The tensors that say which step it is, of what noise and how guided."""
+        scale = None if self.output is None else self.output.scale
+        seeds = self.noise.seeds if isinstance(self.noise, Portable) else None
+        return [t for t in (*(self.i if isinstance(self.i, tuple) else (self.i,)), seeds, scale) if isinstance(t, Tensor)]
+
 
 class NoiseArguments(NamedTuple):
     """The arguments of `fast_step` that say where the noise comes from, as they were given."""
@@ -113,6 +121,8 @@ def checked(
     """
     _check_tensor("x", x)
     uses = _check_index(plan, i, x)
+    if uses is None:
+        uses = min(plan.order, len(history))
     if output.prediction_type is not None and not _is_type(output.prediction_type):
         names = ", ".join(map(repr, PREDICTION_TYPES))
         known = OTHER_NAMES.get(output.prediction_type) if isinstance(output.prediction_type, str) else None
@@ -183,8 +193,8 @@ def noise_of(given: NoiseArguments) -> Tensor | Portable | TorchStream:
     return TorchStream(given.generator, given.torch_layout)
 
 
-def _check_index(plan, i, x: Tensor) -> int:
-    """Checks the plan and the step, and says how many predictions the step uses."""
+def _check_index(plan, i, x: Tensor) -> int | None:
+    """Checks the plan and the step, and says how many predictions the step uses; None where compiled code serves every number i."""
     if isinstance(i, tuple):
         if not isinstance(plan, PlanStack):
             raise TypeError(f"plan must be a stack of stack_plans where i is a pair, got {type(plan).__name__}")
@@ -230,6 +240,8 @@ def _check_index(plan, i, x: Tensor) -> int:
         raise ValueError(
             f"i must be 0 to {plan.num_steps - 1} (the plan has {plan.num_steps} steps), got {i}: there is one step less than levels"
         )
+    if torch.compiler.is_dynamo_compiling():
+        return None
     row = known_row(plan, i)
     return min(plan.orders[i], i + 1) if row is None else len(row.w_d)
 
@@ -288,10 +300,10 @@ def _check_output(row: Row | None, i, x: Tensor, output: OutputArguments) -> Non
         if scale.dtype != torch.float64 or scale.shape != (batch,):
             raise ValueError(
                 f"guidance[1] must be a number or float64 [{batch}], one for each sample, got {scale.dtype} {tuple(scale.shape)}: use "
-                f"scale.double()"
+                f"scale.double(){'' if scale.dim() else f'.expand({batch})'}"
             )
         _check_device("guidance[1]", scale, float64_device(x.device))
-    elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
+    elif not is_scale(scale):
         raise TypeError(f"guidance[1] must be a finite number or float64 [batch], got {scale!r}")
 
 
@@ -365,8 +377,8 @@ def check_shard(x: Tensor, seed, global_shape, global_start) -> None:
     for name, value in [("global_shape", global_shape), ("global_start", global_start)]:
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, int) for v in value):
             raise TypeError(f"{name} must be a list or tuple of whole numbers, got {value!r}")
-        if len(value) != x.dim() - 1:
-            raise ValueError(f"{name} must have the {x.dim() - 1} dimensions of one sample of x, got {len(value)}")
+        if len(value) != len(x.shape[1:]):
+            raise ValueError(f"{name} must have the {len(x.shape[1:])} dimensions of one sample of x, got {len(value)}")
     for d, (whole, start, size) in enumerate(zip(global_shape, global_start, x.shape[1:], strict=True)):
         if not 0 <= start <= whole - size:
             raise ValueError(
@@ -387,7 +399,7 @@ def _check_out(request: StepRequest) -> None:
         inputs.append(("guidance[0]", request.output.unconditional))
     if isinstance(request.noise, Tensor):
         inputs.append(("noise", request.noise))
-    if torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in [*inputs, ("out", out)]):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*request.tensors, *request.numbers, out)):
         raise ValueError("out must not be given where a gradient is required: use the returned tensor, or torch.no_grad()")
     if _overlaps_itself(out):
         raise ValueError("out must not overlap itself: it has several elements at one address, use out.contiguous()")

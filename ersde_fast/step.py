@@ -21,11 +21,8 @@ from .request import (
     OutputArguments,
     StepIndex,
     StepRequest,
-    check_one_source,
     check_shard,
     checked,
-    model_output,
-    noise_of,
     pair_of,
 )
 
@@ -100,12 +97,9 @@ def fast_step(
         if out is not None or backend is not None or torch_layout is not None:
             raise ValueError("out, backend and torch_layout cannot be traced: leave them out in compiled code")
         _check_reduction(log_prob_reduction, return_log_prob)
-        check_one_source(noise=noise, generator=generator, seed=seed)
         given = NoiseArguments(noise, generator, seed, global_shape, global_start)
-        output = model_output(OutputArguments(prediction_type, guidance, cfg_pp))
-        request = StepRequest(
-            plan.predicting(prediction_type, cfg_pp), i, x, history[: plan.order], noise_of(given), plan.draws, output
-        )
+        request = checked(plan, i, x, history, given, OutputArguments(prediction_type, guidance, cfg_pp))
+        _check_source(request)
         return _and_log_prob(ops.run(request), request, return_log_prob, log_prob_reduction)
 
     seeds = seed if seed is None or type(seed) is int or not isinstance(x, Tensor) else seeds_of(seed, x)
@@ -143,10 +137,7 @@ def fast_step(
     _check_reduction(log_prob_reduction, return_log_prob)
     given = NoiseArguments(noise, generator, seed, global_shape, global_start, torch_layout)
     request = checked(plan, i, x, history, given, OutputArguments(prediction_type, guidance, cfg_pp), out)
-    if isinstance(i, tuple) and plan.draws and isinstance(request.noise, TorchStream):
-        raise ValueError(
-            "seed or noise is needed where samples follow plans of their own: torch's stream would tie them together"
-        )
+    _check_source(request)
     if return_log_prob:
         check_log_prob(plan, i, x)
         if out is not None:
@@ -156,11 +147,18 @@ def fast_step(
 
 def step_of(request: StepRequest, backend: str | None = None):
     """The step of a request, by the backend of that name or the fastest that fits; as an operator where torch wants to see it."""
-    if backend != "reference" and (why := ops.why_operator(request.tensors)):
+    if backend != "reference" and (why := ops.why_operator(request)):
         if backend is not None:
             raise ValueError(f'backend "{backend}" cannot run this step: {why}: leave backend out, or name "reference"')
         return written_to(request.out, ops.run(request))
     return choose(request, backend).run(request)
+
+
+def _check_source(request: StepRequest) -> None:
+    if isinstance(request.i, tuple) and request.plan.draws and isinstance(request.noise, TorchStream):
+        raise ValueError(
+            "seed or noise is needed where samples follow plans of their own: torch's stream would tie them together"
+        )
 
 
 def _check_reduction(reduction, wanted: bool) -> None:
@@ -194,10 +192,6 @@ def _plain_with(more: dict, plan, i, x, history, source, output) -> Any:
         if (plain := _output_if_plain(plan, *output)) is None:
             return None
         table, unconditional, scale = plain
-        if (
-            "reduction" in more and isinstance(scale, Tensor) and scale.requires_grad
-        ):  # the density is followed with respect to it too
-            return None
     noise, generator, seeds = source
     return kernel.step(
         table, i, x, history, noise=noise, generator=generator, seed=seeds, draws=plan.draws, predicts=output[0] is not None,

@@ -253,12 +253,12 @@ def test_gradients_of_several_log_densities_at_once():
 
 @pytest.mark.usefixtures("cpu_way")
 def test_the_gradient_of_a_scale_beside_the_step():
-    """The next sample does not depend on it as the density does, whose sample is a constant."""
+    """The sample is a constant there, though it depends on the scale too."""
     x, (output, a, b, guide) = inputs((2, 5), 5)
     scale = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
     output_of = {"prediction_type": "v", "guidance": (guide, scale)}
     x_next, _, beside = fast_step(PLAN, 4, x, [output, a, b], seed=5, return_log_prob=True, **output_of)
-    alone = step_log_prob(PLAN, 4, x, [output, a, b], x_next, **output_of)
+    alone = step_log_prob(PLAN, 4, x, [output, a, b], x_next.detach(), **output_of)
     gradients = [torch.autograd.grad(density.sum(), scale)[0] for density in (beside, alone)]
     assert torch.equal(*gradients) and gradients[0].all()
 
@@ -351,10 +351,34 @@ def test_a_trace_of_steps_of_a_stack(mode, inside):
     traced = make_fx(step, tracing_mode=mode, _allow_non_fake_inputs=True)(x, *given)
     for got, wanted in zip(traced(y, *other), step(y, *other), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-13 if got.dtype == torch.float64 else 0, atol=0)
-    if not (inside and mode != "real"):  # there the numbers are symbols, and a wrong one gives NaN
+    if not inside:  # there the numbers are the trace's own, and a wrong one gives NaN
         for steps, message in (((3, 5), "the step of sample 1 adds no noise"), ((3, 6), "step_index must be 0 to 5")):
             with pytest.raises(ValueError, match=message):
                 make_fx(functools.partial(step, steps=steps), tracing_mode=mode, _allow_non_fake_inputs=True)(x, *given)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("trace", ["make_fx", "TorchScript"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("of_stack", [False, True])
+def test_a_trace_of_numbers_that_it_is_given_serves_others(of_stack, trace, pre_dispatch):
+    """Of steps, plans and seeds: none that it was made with stays in it, nor how many predictions those read."""
+    if trace == "TorchScript" and pre_dispatch:
+        pytest.skip("one way to trace")
+    (x, given), (y, other) = inputs((2, 5), 5), inputs((2, 5), 5)
+    stack = stack_plans([PLAN, er_sde_plan(PLAN.sigmas, order=3, eta=0.5)])
+
+    def step(plan_index, step_index, seeds, x, x_next, *history):
+        plan, i = (stack, (plan_index, step_index)) if of_stack else (PLAN, step_index)
+        drawn, beside = fast_step(plan, i, x, list(history), seed=seeds, return_log_prob=True)
+        return drawn, beside, step_log_prob(plan, i, x, list(history), x_next)
+
+    early, late = (torch.zeros(2, dtype=torch.int64), torch.tensor([4, 3])) if of_stack else map(torch.tensor, (0, 4))
+    before = torch.tensor([0, 1]), early, torch.tensor([7, 8]), x, *given
+    after = torch.tensor([1, 0]), late, torch.tensor([9, 7]), y, *other
+    traced = make_fx(step, pre_dispatch=pre_dispatch)(*before) if trace == "make_fx" else torch.jit.trace(step, before)
+    torch.testing.assert_close(traced(*after), step(*after), rtol=1e-6, atol=1e-6)
+    assert torch.equal(traced(*after)[0], step(*after)[0])
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -1,6 +1,7 @@
 """The step as an operator: its derivatives, torch.func, torch.compile, torch.export, FakeTensor and autocast."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -73,6 +74,28 @@ def test_gradients_are_the_weights_in_the_dtype_of_each_input(dtype, other):
         torch.testing.assert_close(
             leaf.grad, torch.full_like(leaf, torch.tensor(w, dtype=exact).to(leaf.dtype)), rtol=1e-15, atol=0
         )
+
+
+@pytest.mark.parametrize("cfg_pp", [False, True])
+@pytest.mark.parametrize(
+    "shape, i", [((2, 3), 4), ((), 4), ((2,), torch.tensor(4)), ((2, 1, 2), (torch.tensor([0, 1]), torch.tensor([4, 2])))]
+)
+def test_derivatives_with_respect_to_the_scale(shape, i, cfg_pp):
+    """In both directions, of both results, and beside the others; the results are those of a scale that nobody follows."""
+    x, unconditional, *history = [t.requires_grad_() for t in tensors(shape, 5)]
+    scale = torch.linspace(0.2, 0.7, shape[0] if shape else 1, dtype=torch.float64).requires_grad_()
+
+    def step(scale, x, unconditional, *history):
+        guidance = unconditional, scale
+        plan = STACK if isinstance(i, tuple) else PLAN
+        return fast_step(plan, i, x, list(history), seed=3, prediction_type="v", guidance=guidance, cfg_pp=cfg_pp)
+
+    leaves = scale, x, unconditional, *history
+    assert torch.autograd.gradcheck(step, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(step, leaves)
+    alone = [t.detach() for t in leaves[1:]]
+    for followed, plain in zip(step(scale, *alone), step(scale.detach(), *alone), strict=True):
+        assert followed.requires_grad and torch.equal(followed, plain)
 
 
 def test_each_sample_of_a_mixed_batch_has_the_weights_of_its_row():
@@ -349,6 +372,59 @@ def test_what_cannot_be_compiled_runs_between_graphs_or_says_so():
     short = lambda x: fast_step(PLAN, 4, x, history[:1], seed=3)  # noqa: E731
     with pytest.raises(ValueError, match="history must hold every prediction that the step uses, got 1"):
         torch.compile(short, backend="eager", fullgraph=True)(x)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(global_shape=(3,)), "global_shape and global_start must be given together"),
+        (dict(global_shape=(3,), global_start=(1,)), "global_start must leave x inside global_shape"),
+        (dict(global_shape=(3, 3), global_start=(0, 0)), "global_shape must have the 1 dimensions of one sample of x, got 2"),
+        (dict(global_shape=(3,), global_start=(0,), seed=None), "global_shape needs seed="),
+        (dict(prediction_type="v", cfg_pp=True), "cfg_pp needs guidance="),
+        (dict(guidance=(torch.ones(2, 3), 2.0)), "guidance needs a prediction_type"),
+        (dict(prediction_type="v", guidance=(torch.ones(2, 3), torch.ones(2))), "must be a number or float64"),
+        (dict(plan=STACK, i=(torch.tensor([0, 1]), torch.tensor([4, 1])), seed=None), "seed or noise is needed"),
+        (dict(i=torch.tensor(4), history=[torch.ones(2, 3)]), "history must hold the 3 newest predictions"),
+        (dict(i=6), "i must be 0 to 5"),
+        (dict(i=True), "i must be a whole number"),
+        (dict(seed=True), "seed must be a whole number"),
+    ],
+)
+def test_compiled_code_refuses_what_eager_code_refuses(arguments, message):
+    """While it is compiled, in the same words."""
+    torch._dynamo.reset()
+    x, *history = tensors((2, 3), 4)
+    arguments = dict(plan=PLAN, i=4, history=history, seed=3) | arguments
+    step = lambda x: fast_step(x=x, **arguments)  # noqa: E731
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        step(x)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(message)):
+        torch.compile(step, backend="eager", fullgraph=True)(x)
+
+
+def test_seeds_that_differ_from_call_to_call_in_compiled_code():
+    torch._dynamo.reset()
+    x, *history = tensors((2, 3), 4)
+    step = lambda seeds, x: fast_step(PLAN, 4, x, history, seed=seeds)  # noqa: E731
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    for seeds in ([1, 2], [1, 3], torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor(5)):
+        assert torch.equal(compiled(seeds, x), step(seeds, x))
+
+
+def test_a_transform_over_what_says_which_step_it_is_alone():
+    """While the samples are the same for all."""
+    x, unconditional, *history = tensors((2, 3), 5)
+    index, seeds = torch.tensor([3, 1, 5]), torch.tensor([[5, 6], [7, 8], [5, 6]])
+    scales = torch.rand(3, 2, dtype=torch.float64)
+
+    def step(i, seed, scale):
+        return fast_step(PLAN, i, x, history, seed=seed, prediction_type="v", guidance=(unconditional, scale))[0]
+
+    every = [step(*each) for each in zip(index, seeds, scales, strict=True)]
+    assert torch.equal(torch.func.vmap(step)(index, seeds, scales), torch.stack(every))
+    one = [step(3, seed, 2.0) for seed in seeds[:, 0].tolist()]
+    assert torch.equal(torch.func.vmap(lambda seed: step(3, seed, 2.0))(seeds[:, 0]), torch.stack(one))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -497,6 +497,7 @@ STACKED = dict(plan=stack_plans([PLANS[3], PLANS[3].starting_at(2)]), seed=1)
         (dict(prediction_type="v", guidance=(NOISE, "2")), TypeError, r"guidance\[1\] must be a finite number or float64 \[batch\], got '2'"),
         (dict(prediction_type="v", guidance=(NOISE, True)), TypeError, r"guidance\[1\] must be a finite number or float64 \[batch\], got True"),
         (dict(prediction_type="v", guidance=(NOISE, math.inf)), TypeError, r"guidance\[1\] must be a finite number"),
+        (dict(prediction_type="v", guidance=(NOISE, 10**400), out=None), TypeError, r"guidance\[1\] must be a finite number"),
         (dict(prediction_type="v", guidance=(NOISE, torch.ones(2))), ValueError, r"guidance\[1\] must be a number or float64 \[2\].* got torch.float32 \(2,\)"),
         (dict(plan=PROCESSES["flow"], i=0, prediction_type="epsilon"), ValueError, r'"epsilon" says nothing of the clean sample where alpha is 0, as at step 0'),
         (dict(plan=PROCESSES["flow"], i=torch.tensor(0), prediction_type="epsilon"), ValueError, r'"epsilon" says nothing of the clean sample where alpha is 0, as at step 0'),

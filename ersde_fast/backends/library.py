@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _len_torch_dispatch_stack
+from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _is_tracing, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.autograd.profiler import record_function
@@ -165,7 +165,7 @@ class Library:
                 inputs.append(noise)
             if not PLAIN.issuperset(map(type, inputs)) or any(map(Tensor.is_neg, inputs)):
                 return None
-            if not trusted and torch.is_grad_enabled() and any(map(requires_grad, inputs)):
+            if not trusted and torch.is_grad_enabled() and any(map(requires_grad, (*inputs, scale) if scales else inputs)):
                 return None
             drawn, draws = NOTHING_DRAWN, draws and x_next is None
             torch_stream = False
@@ -373,6 +373,7 @@ def is_unwatched() -> bool:
         and forward_ad._current_level < 0
         and peek_interpreter_stack() is None
         and not _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
+        and not _is_tracing()
     )
 
 
