@@ -4,6 +4,7 @@ import datetime
 import os
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -76,6 +77,19 @@ def sharded(say):
     start, local = distributed.shard_of(part)["global_start"], part.to_local()
     assert distributed.shard_of(part)["global_shape"] == shape[1:] and start[::2] == (0, 0)
     assert torch.equal(local, x[:, :, start[1] : start[1] + local.shape[2]])
+    guided = dict(seed=3, prediction_type="v")
+    for changed, message in (
+        (dict(x=local), "x must be a DTensor, got Tensor"),
+        (dict(history=part), "history must be a list of predictions"),
+        (dict(guidance=2.5), "guidance must be a pair"),
+        (
+            dict(guidance=(part, torch.ones(1).double())),
+            r"guidance\[1\] must be .* for each sample of the whole batch, got Tensor \(1,\)",
+        ),
+        (dict(guidance=(part, distributed.portable_noise_dtensor((3,), 7, 0, meshes[0], [Shard(0)]))), "got DTensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            distributed.fast_step_dtensor(PLAN, 0, **{"x": part, "history": [part], **guided, **changed})
 
 
 def main(say):

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..noise import Seed, seed_table, specified_noise
 from ..plan import Plan
+from ..request import pair_of
 from ..step import fast_step
 
 
@@ -57,11 +58,17 @@ def fast_step_dtensor(
         What `fast_step` returns, split as x is.
 
     Raises:
-        ValueError: placements that differ, that are partial sums, or that no chunk describes.
+        ValueError, TypeError: naming the argument; for placements that differ, or are partial sums, too.
 
     Source: docs/scaling.md.
     """
-    unconditional = [] if guidance is None else [guidance[0]]
+    if not isinstance(x, DTensor):
+        raise TypeError(f"x must be a DTensor, got {type(x).__name__}: use distribute_tensor, or fast_step with global_shape")
+    if not isinstance(history, (list, tuple)):
+        raise TypeError(
+            f"history must be a list of predictions, newest first, got {type(history).__name__}: write [denoised, *history]"
+        )
+    unconditional = [] if guidance is None else [pair_of(guidance)[0]]
     for name, other in [*((f"history[{j}]", d) for j, d in enumerate(history)), *(("guidance[0]", u) for u in unconditional)]:
         if not isinstance(other, DTensor) or other.device_mesh != x.device_mesh or other.placements != x.placements:
             how = other.placements if isinstance(other, DTensor) else type(other).__name__
@@ -72,7 +79,12 @@ def fast_step_dtensor(
     local_guidance = None
     if guidance is not None:
         scale = guidance[1]
-        if isinstance(scale, Tensor) and scale.shape == x.shape[:1]:
+        if isinstance(scale, Tensor):
+            if isinstance(scale, DTensor) or scale.shape != x.shape[:1]:
+                raise ValueError(
+                    f"guidance[1] must be a number or a plain float64 [{x.shape[0]}], one for each sample of the whole batch, got "
+                    f"{type(scale).__name__} {tuple(scale.shape)}: of a DTensor use full_tensor()"
+                )
             scale = scale[start[0] : start[0] + size[0]]
         local_guidance = guidance[0].to_local(), scale
     result = fast_step(
