@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import distributed_cases
+import numpy as np
 import pytest
 import torch
 from distributed_cases import PLAN, SHAPE, model
@@ -326,12 +327,32 @@ def test_a_full_disk(tmp_path, monkeypatch):
         (dict(batch_size=0), ValueError, "batch_size must be a whole number of at least 1, got 0"),
         (dict(dtype=torch.int32), TypeError, "dtype must be float32"),
         (dict(transform=lambda x: x[:1]), ValueError, "transform must return one result a sample, 4, got 1"),
+        (
+            dict(transform=lambda x: x.numpy()),
+            TypeError,
+            "transform must return a tensor .*, got ndarray: use torch.from_numpy",
+        ),
+        (dict(transform="uint8"), TypeError, "transform must be a function or None, got str"),
+        (dict(extra_args={"labels": 1}), TypeError, "extra_args must be a function or None, got dict"),
+        (
+            dict(extra_args=lambda seeds: seeds),
+            TypeError,
+            "extra_args must return a dict of further arguments of model, got list",
+        ),
+        (dict(seeds=torch.arange(4)), TypeError, r"seeds must be a list or range .*, got Tensor: use seeds.tolist\(\)"),
     ],
 )
 def test_bad_input(tmp_path, change, error, message):
     arguments = dict(model=model, plan=PLAN, seeds=range(4), shape=SHAPE, out_dir=tmp_path / "out", progress=False) | change
     with pytest.raises(error, match=message):
         generate(**arguments)
+
+
+def test_seeds_to_load_are_whole(tmp_path):
+    generate(model, PLAN, range(2), SHAPE, tmp_path, progress=False)
+    with pytest.raises(TypeError, match=r"seeds must be whole numbers, got \[1.7\]"):
+        load_samples(tmp_path, [1.7])
+    assert torch.equal(load_samples(tmp_path, np.array([1])), load_samples(tmp_path)[1:])
 
 
 def test_processes_that_are_not_initialized(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..draw import portable_noise
 from ..files import safetensors_for, write_whole
 from ..noise import seed_table
 from ..plan import Plan
+from ..request import inside
 from ..sample import Output, Source, sample_plan
 
 INDEX = "index.json"
@@ -71,6 +73,9 @@ def generate(
     Source: docs/scaling.md.
     """
     seeds, shape = _check(plan, seeds, shape, batch_size, dtype)
+    for name, function in [("extra_args", extra_args), ("transform", transform)]:
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function or None, got {type(function).__name__}: write lambda batch: ...")
     rank, world, group = _processes()
     folder, run = Path(out_dir), _fingerprint(plan, shape, dtype, prediction_type)
     done = _from_first(lambda: _prepare(folder, run, seeds), rank, group)
@@ -115,7 +120,7 @@ def load_samples(out_dir: str | os.PathLike, seeds: Sequence[int] | None = None)
         [len(seeds), ...] on the CPU, in the dtype that they were made in.
 
     Raises:
-        ValueError: naming the file that is damaged, or a seed that is not there.
+        ValueError, TypeError: naming the file that is damaged, or a seed that is not there or is none.
         FileNotFoundError: the run is not finished.
 
     Source: docs/scaling.md.
@@ -129,6 +134,8 @@ def load_samples(out_dir: str | os.PathLike, seeds: Sequence[int] | None = None)
         order = index["seeds"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} is damaged: delete it and call generate again ({error})") from None
+    if seeds is not None and not all(isinstance(seed, Integral) for seed in seeds):
+        raise TypeError(f"seeds must be whole numbers, got {seeds!r}")
     wanted = order if seeds is None else [int(seed) % 2**64 for seed in seeds]
     if lacking := [seed for seed in wanted if seed not in place]:
         raise ValueError(f"seeds must be among those of {folder / INDEX}, got {lacking[0]}")
@@ -139,11 +146,14 @@ def load_samples(out_dir: str | os.PathLike, seeds: Sequence[int] | None = None)
 def _check(plan, seeds, shape, batch_size, dtype) -> tuple[list[int], tuple[int, ...]]:
     if not isinstance(plan, Plan) or plan.table.device.type != "cpu":
         raise TypeError(f"plan must be a plan of er_sde_plan on the CPU, got {type(plan).__name__}")
-    given = seeds
-    seeds = list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else [None]
+    wanted = "seeds must be a list or range of at least one whole number"
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
+        remedy = ": use seeds.tolist()" if hasattr(seeds, "tolist") else ""
+        got = f"{seeds}: write range({seeds})" if _is_whole(seeds) else f"{type(seeds).__name__}{remedy}"
+        raise TypeError(f"{wanted}, got {got}")
+    seeds = list(seeds)
     if not seeds or not all(map(_is_whole, seeds)):
-        remedy = f", got {given}: write range({given})" if _is_whole(given) else ""
-        raise TypeError(f"seeds must be a list or range of at least one whole number{remedy}")
+        raise TypeError(f"{wanted}, got {next((seed for seed in seeds if not _is_whole(seed)), seeds)!r}")
     seeds = [seed % 2**64 for seed in seeds]
     if len(set(seeds)) < len(seeds):
         twice = next(seed for k, seed in enumerate(seeds) if seed in seeds[:k])
@@ -235,11 +245,15 @@ def _fingerprint(plan: Plan, shape: tuple[int, ...], dtype: torch.dtype, predict
 def _sample(model, plan, seeds, shape, extra_args, prediction_type, dtype, device) -> Tensor:
     x = plan.sigmas[0].item() * portable_noise((len(seeds), *shape), seeds, step=-1, device=device)
     told, source = extra_args(seeds) if extra_args else None, Source(seed=seeds)
+    if told is not None and not isinstance(told, dict):
+        raise TypeError(f"extra_args must return a dict of further arguments of model, got {type(told).__name__}")
     return sample_plan(plan, model, x.to(dtype), told, disable=True, source=source, returns=Output(prediction_type))
 
 
 def _transformed(x: Tensor, transform) -> Tensor:
     samples = x if transform is None else transform(x)
+    if not isinstance(samples, Tensor) or samples.dim() == 0:
+        raise TypeError(f"transform must return a tensor [batch, ...], got {type(samples).__name__}{inside(samples)}")
     if len(samples) != len(x):
         raise ValueError(f"transform must return one result a sample, {len(x)}, got {len(samples)}")
     kept = samples.to("cpu", copy=transform is not None)  # a transform may use its memory again, while this is being written
