@@ -21,7 +21,7 @@ from .backends import choose
 from .noise import Portable, TorchStream, float64_device, seed_table
 from .reference import fake_as, guided_factors, input_weights, look_up, per_sample, table_for
 from .request import ModelOutput, StepRequest
-from .table import W_D, W_NOISE, Row, Table
+from .table import W_D, W_NOISE, W_X, Row, Table
 
 TRACED = ("FakeTensor", "FunctionalTensor")  # types that stand for plain tensors while torch traces
 
@@ -145,6 +145,7 @@ IN_ORDER = ("table", "plan_index", "step_index", "x", "history", "noise", "seeds
 def _kernel(operator, *arguments):
     """Runs the step on the fastest backend that fits."""
     call = Call.of(arguments)
+    _check_indices(call)
     draws = call.seeds is not None
     plan, silent = Table(call.table, draws), call.noise is None and not draws
     if (silent or len(call.history) < plan.order) and call.plan_index is None and call.table.is_cpu and call.step_index.is_cpu:
@@ -163,6 +164,21 @@ def _kernel(operator, *arguments):
         output = ModelOutput(call.unconditional, call.scale.item() if one else call.scale, bool(call.cfg_pp))
     request = StepRequest(plan, i, call.x, call.history, noise, draws, output)
     return choose(request).run(request)
+
+
+def _check_indices(call: Call) -> None:
+    """Raises where an index on the host is of no step: compiled code could not look before."""
+    *num_plans, num_steps, _ = call.table.shape
+    ends = [("step_index", call.step_index, num_steps)]
+    if num_plans:
+        ends.append(("plan_index", call.plan_index, num_plans[0]))
+    if not call.step_index.is_cpu or not call.step_index.numel():
+        return
+    for name, index, end in ends:
+        if index.min() < 0 or index.max() >= end:
+            raise ValueError(f"{name} must be 0 to {end - 1}, got {index.tolist()}")
+    if num_plans and call.table[call.plan_index, call.step_index, W_X].isnan().any():
+        raise ValueError(f"step_index must be a step of its plan, got {call.step_index.tolist()} of {call.plan_index.tolist()}")
 
 
 def _shapes(operator, *arguments):

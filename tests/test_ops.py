@@ -403,6 +403,26 @@ def test_compiled_code_refuses_what_eager_code_refuses(arguments, message):
         torch.compile(step, backend="eager", fullgraph=True)(x)
 
 
+@pytest.mark.parametrize(
+    "plan, i, message",
+    [
+        (PLAN, torch.tensor(6), "step_index must be 0 to 5, got 6"),
+        (STACK, (torch.tensor([0, 2]), torch.tensor([4, 1])), r"plan_index must be 0 to 1, got \[0, 2\]"),
+        (
+            STACK,
+            (torch.tensor([0, 1]), torch.tensor([4, 5])),
+            r"step_index must be a step of its plan, got \[4, 5\] of \[0, 1\]",
+        ),
+    ],
+)
+def test_compiled_code_refuses_an_index_of_no_step_when_it_runs(plan, i, message):
+    torch._dynamo.reset()
+    x, *history = tensors((2, 3), 4)
+    compiled = torch.compile(lambda i, x: fast_step(plan, i, x, history, seed=3), backend="eager", fullgraph=True)
+    with pytest.raises(ValueError, match=message):
+        compiled(i, x)
+
+
 def test_seeds_that_differ_from_call_to_call_in_compiled_code():
     torch._dynamo.reset()
     x, *history = tensors((2, 3), 4)
