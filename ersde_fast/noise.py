@@ -90,10 +90,14 @@ def check_torch_layout(torch_layout) -> None:
 def seed_table(seed, batch: int) -> Tensor:
     """The seed argument as an int64 tensor [batch, 2] of (seed as a signed word, sample)."""
     if isinstance(seed, Tensor):
-        if not seed.is_meta and seed.layout == torch.strided and not has_values(seed):
-            return _pairs(seed, batch)
         if seed.is_meta or seed.layout != torch.strided:
             raise TypeError(f"seed must be a tensor that holds numbers, got {seed.layout} on {seed.device}")
+        if not has_values(seed):
+            return _pairs(seed, batch)
+        if seed.dtype == torch.int64 and seed.shape == (batch, 2) and batch:
+            samples = seed.numpy()[:, 1]  # no operator, which a tracer would see; and no loop over the batch
+            if 0 <= samples.min() and samples.max() < MAX_SAMPLE:
+                return seed
         seed = seed.tolist()
     if _is_int(seed):
         pairs = [(seed, b) for b in range(batch)]

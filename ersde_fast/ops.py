@@ -175,8 +175,9 @@ def _check_indices(call: Call) -> None:
     if not call.step_index.is_cpu or not call.step_index.numel():
         return
     for name, index, end in ends:
-        if index.min() < 0 or index.max() >= end:
-            raise ValueError(f"{name} must be 0 to {end - 1}, got {index.tolist()}")
+        values: Any = index.tolist()
+        if not all(0 <= value < end for value in (values if index.dim() else [values])):
+            raise ValueError(f"{name} must be 0 to {end - 1}, got {values}")
     if num_plans and call.table[call.plan_index, call.step_index, W_X].isnan().any():
         raise ValueError(f"step_index must be a step of its plan, got {call.step_index.tolist()} of {call.plan_index.tolist()}")
 

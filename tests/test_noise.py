@@ -209,6 +209,14 @@ def test_shape_and_dtype_do_not_matter():
     assert portable_noise((0, 4), 42).shape == (0, 4) and portable_noise((2, 0), 42).shape == (2, 0)
 
 
+def test_a_tensor_of_pairs_is_the_table():
+    """Without a loop over the batch."""
+    pairs = torch.tensor([[-5, 0], [7, 2**48 - 1]])
+    assert seed_table(pairs, 2) is pairs
+    with pytest.raises(ValueError, match=r"seed must have samples from 0 to 2\^48 - 1, got -1 in \(3, -1\)"):
+        seed_table(torch.tensor([[3, -1], [3, 0]]), 2)
+
+
 def test_seed_and_step_wrap():
     assert torch.equal(portable_noise((1, 8), -1), portable_noise((1, 8), 2**64 - 1))
     assert torch.equal(portable_noise((1, 8), 2**64 + 5), portable_noise((1, 8), 5))
