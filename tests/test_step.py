@@ -442,6 +442,19 @@ def test_a_mixed_batch_needs_no_more_history_than_its_samples_use():
         fast_step(stack, (index[0], torch.tensor([0, 1, 0])), x, history[:1], seed=5)
 
 
+def test_a_sample_of_a_mixed_batch_is_summed_as_widely_as_with_others(backend):
+    """Where some predictions are float64, whether or not its own step reads those; and where a gradient is wanted."""
+    x, (a, b, c), _ = inputs((2, 333), 3)
+    history, index = [a, b, c.double()], (torch.tensor([0, 0]), torch.tensor([1, 4]))
+    stack = stack_plans([PLANS[3]]).to(here())
+    index = tuple(t.to(here()) for t in index)
+    whole = fast_step(stack, index, x, history, seed=[5, 6], backend=backend)
+    alone = fast_step(stack, tuple(t[:1] for t in index), x[:1], [d[:1] for d in history], seed=[5], backend=backend)
+    assert torch.equal(whole[:1], alone)
+    followed = fast_step(stack, tuple(t[:1] for t in index), x[:1].clone().requires_grad_(), [d[:1] for d in history], seed=[5])
+    torch.testing.assert_close(followed, alone, rtol=0, atol=0)
+
+
 def test_a_mixed_batch_of_runs_without_noise_needs_no_source(backend):
     stack, index = stack_plans([ODE, ODE.starting_at(2)]).to(here()), (torch.tensor([0, 1, 0]), torch.tensor([3, 3, 0]))
     x, history, _ = inputs((3, 40), 3)
