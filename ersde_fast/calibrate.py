@@ -46,7 +46,7 @@ from .predictions import PREDICTION_TYPES
 from .reference import prediction
 from .report import CalibrationReport
 from .request import ModelOutput, inside
-from .sample import levels_of, with_newest
+from .sample import checked_extra_args, levels_of, with_newest
 from .schedules import PilotErrors, levels_of_pilot
 from .step import fast_step
 
@@ -132,7 +132,7 @@ def calibrate_plan(
     er_sde_plan(pilot_sigmas[some], process=process, **noise, **analytic)  # says what is wrong with these
     pilot = er_sde_plan(pilot_sigmas, process=process, order=3, method="newton", noise_scaler="ode", sigma_data=sigma_data)
     with tqdm(total=evaluations * len(x), desc="calibrating", unit="evaluation", disable=disable) as bar:
-        runs = _Runs(model, x, extra_args or {}, prediction_type, guidance_scale, batch_size, bar)
+        runs = _Runs(model, x, checked_extra_args(extra_args), prediction_type, guidance_scale, batch_size, bar)
         followed = runs.follow(pilot, torch.arange(len(x), device=CPU), keep=runs.seen)
         errors = PilotErrors(pilot_levels, process)
         for denoised in followed.denoised[: len(pilot_levels) - 1]:
@@ -151,7 +151,10 @@ def _check_arguments(x, pilot_sigmas: Tensor, num_steps: int, prediction_type, e
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < HELD_BACK:
         what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a float tensor [batch, ...] of at least {HELD_BACK} starts, got {what}")
-    if (size := x.float().square().mean().sqrt().item()) < UNSCALED * pilot_sigmas[0]:
+    size = x.float().square().mean().sqrt().item()
+    if not math.isfinite(size):
+        raise ValueError("x must be finite: it is noise scaled to sigmas[0]")
+    if size < UNSCALED * pilot_sigmas[0]:
         raise ValueError(
             f"x must be noise scaled to sigmas[0], {pilot_sigmas[0]:g}, got one of root mean square {size:.3g}: multiply it by "
             f"sigmas[0]"
@@ -220,7 +223,7 @@ class _Runs:
     def __init__(self, model, x, extra_args, prediction_type, guidance_scale, batch_size, bar):
         self.model, self.x, self.extra_args, self.bar = model, x, extra_args, bar
         self.prediction_type, self.guidance_scale = prediction_type, guidance_scale
-        self.batch_size = batch_size or len(x)
+        self.batch_size = int(batch_size or len(x))
         self.spent = 0
         size, wanted = x[0].numel(), max(NUMBERS // len(x), 64)
         places = torch.randperm(size, generator=torch.Generator(CPU).manual_seed(0), device=CPU)[:wanted].sort().values
@@ -251,11 +254,12 @@ class _Runs:
                 )
             returned, unconditional = returned
         for output in (returned, returned if unconditional is None else unconditional):
-            if not isinstance(output, Tensor) or output.shape != x.shape:
-                what = tuple(output.shape) if isinstance(output, Tensor) else f"{type(output).__name__}{inside(output)}"
+            if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
+                is_tensor = isinstance(output, Tensor)
+                what = f"{output.dtype} {tuple(output.shape)}" if is_tensor else f"{type(output).__name__}{inside(output)}"
                 pair = isinstance(output, (tuple, list)) and self.guidance_scale is None
                 remedy = ", or guidance_scale for a pair" if pair else ""
-                raise ValueError(f"model must return tensors of the shape of x, {tuple(x.shape)}, got {what}{remedy}")
+                raise ValueError(f"model must return float tensors of the shape of x, {tuple(x.shape)}, got {what}{remedy}")
         factors = plan.predicting(self.prediction_type or "sample").rows[i].prediction
         if not all(map(math.isfinite, factors)):
             raise ValueError(

@@ -1,6 +1,6 @@
 """`sample_er_sde`: the sampling loop, with the arguments and conventions of k-diffusion's and ComfyUI's samplers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -197,13 +197,13 @@ def sample_plan(
     returns: Output = DENOISED,
 ) -> Tensor:
     """The loop of `sample_er_sde` over a plan on the host. Where the step makes the prediction, the callback is called after it."""
-    extra_args = {} if extra_args is None else extra_args
+    given = checked_extra_args(extra_args)
     levels = levels_of(plan, x)
     batches, sigmas = (levels[:, None] * levels.new_ones(x.shape[:1])).unbind(), levels.unbind()
     history: list[Tensor] = []
     for i in trange(plan.num_steps, disable=disable):
         seen = {"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i]}
-        newest, what = returns.arguments(model(x, batches[i], **extra_args))
+        newest, what = returns.arguments(model(x, batches[i], **given))
         history = with_newest(newest, history, plan)
         if callback is not None and not what:
             callback({**seen, "denoised": newest})
@@ -215,3 +215,10 @@ def sample_plan(
         if callback is not None:
             callback({**seen, "denoised": history[0]})
     return x
+
+
+def checked_extra_args(extra_args) -> Mapping:
+    """A model's further arguments by name; none for None."""
+    if extra_args is not None and not isinstance(extra_args, Mapping):
+        raise TypeError(f"extra_args must be a dict of further arguments of model, or None, got {type(extra_args).__name__}")
+    return {} if extra_args is None else extra_args

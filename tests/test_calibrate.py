@@ -332,7 +332,12 @@ BAD = {
     "eta": {"eta": [1, 1]},
     "guidance_scale": {"guidance_scale": -1.0},
     "sigma_data": {"sigma_data": 0.0},
-    "model must return tensors of the shape of x": {"of": lambda x, sigma: x[:1]},
+    "extra_args must be a dict": {"extra_args": [1]},
+    "x must be finite": {"x": starts() * math.nan},
+    rf"model must return float tensors of the shape of x, \(16, {SIZE}\), got torch.float64 \(1, {SIZE}\)": {
+        "of": lambda x, sigma: x[:1]
+    },
+    rf"got torch.complex128 \(16, {SIZE}\)": {"of": lambda x, sigma: x + 0j},
     r"x must be noise scaled to sigmas\[0\], 40": {"x": starts(sigma=1.0)},
     "model must return finite predictions, got some that are not at sigma 40": {"of": lambda x, sigma: x * math.nan},
     f"not at sigma {PILOT[20]:g}, step 20": {"of": lambda x, sigma: x * (1 if sigma[0] > PILOT[20] * 1.01 else math.nan)},

@@ -213,3 +213,8 @@ def test_a_plan_or_sigmas():
         sample_er_sde(lambda x, sigma: x, torch.ones(2, 4))
     with pytest.raises(TypeError, match="plan must be one of er_sde_plan"):
         sample_er_sde(lambda x, sigma: x, torch.ones(2, 4), plan="plan.safetensors")
+
+
+def test_extra_args_have_names():
+    with pytest.raises(TypeError, match="extra_args must be a dict of further arguments of model, or None, got list"):
+        sample_er_sde(lambda x, sigma: x, torch.zeros(1, 2), [2.0, 1.0, 0.0], [1])
