@@ -84,16 +84,17 @@ def calibrate_plan(
     batch_size: int | None = None,
     disable: bool | None = None,
 ) -> Plan:
-    """A plan of few steps, fitted to a model and the conditions it is used under: five evaluations as good as fifteen (docs/calibration.md).
+    """A plan of few steps, fitted to a model and the conditions it is used under (docs/calibration.md).
 
-    It belongs to the model: to another it may do harm. Nothing is trained, and no gradient is taken of the model.
+    It belongs to the model: to another it may do harm. Single results come nearer to those of many steps, all of them together not always:
+    look at samples before you keep it. Nothing is trained, and no gradient is taken of the model.
 
     Args:
         model: `model(x, sigma, **extra_args)`, sigma [batch], to the denoised sample, or what `prediction_type` says. It is called with
             some of the samples too, so what differs between them belongs into `extra_args`. Each sample's result must depend on the
             sample alone, and be the same when asked for again: no dropout.
-        x: [batch, ...] the noise to start from, scaled to sigmas[0]; 16 starts are enough, 64 better, at least 4. Every fourth is held
-            back from the fit.
+        x: [batch, ...] the noise to start from, scaled to sigmas[0]; 16 starts are enough, 64 better, and 256 where few steps end
+            at other samples than many, as without classes; at least 4. Every fourth is held back from the fit.
         num_steps: of the plan, at least 2.
         sigmas: [pilot_steps + 1] the levels of the pilot, falling: 30 to 50 of those that you would sample with, such as Karras et
             al.'s, and a 0. The plan has their ends, but its last level above 0 may be higher.
