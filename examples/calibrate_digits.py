@@ -31,8 +31,7 @@ def main():
     args = parser.parse_args()
     plan = calibrated()
     plan.save(args.out)
-    for name, value in plan.report._asdict().items():
-        print(f"{name:18} {value}")
+    print(plan.report)
 
 
 if __name__ == "__main__":
