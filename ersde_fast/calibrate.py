@@ -46,7 +46,7 @@ from .predictions import PREDICTION_TYPES
 from .reference import prediction
 from .report import CalibrationReport
 from .request import ModelOutput, inside
-from .sample import checked_extra_args, levels_of, with_newest
+from .sample import checked_extra_args, evaluate, levels_of, with_newest
 from .schedules import PilotErrors, levels_of_pilot
 from .step import fast_step
 
@@ -241,7 +241,7 @@ class _Runs:
         denoised = []
         for part, which in zip(x.split(self.batch_size), rows.split(self.batch_size), strict=True):
             args = _rows_of(self.extra_args, which, len(self.x))
-            denoised.append(self._denoised(plan, i, part, self.model(part, sigma.repeat(len(part)), **args)))
+            denoised.append(self._denoised(plan, i, part, evaluate(self.model, part, sigma.repeat(len(part)), **args)))
         self.spent += len(x)
         self.bar.update(len(x))
         return torch.cat(denoised)

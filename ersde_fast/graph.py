@@ -15,7 +15,7 @@ from .noise import Portable, Seed, TorchStream, has_values, seed_table
 from .plan import Plan
 from .predictions import PREDICTION_TYPES
 from .request import OutputArguments, StepRequest, model_output
-from .sample import levels_of, with_newest
+from .sample import evaluate, levels_of, with_newest
 from .step import fast_step, step_of
 from .table import P_X
 
@@ -72,7 +72,7 @@ class _Captured:
 
     def output_of(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, tuple[Tensor, float] | None]:
         """The model's output and, with a guidance scale, what guides it."""
-        output = self.model(x, sigma)
+        output = evaluate(self.model, x, sigma)
         return (output, None) if self.guidance_scale is None else (output[0], (output[1], self.guidance_scale))
 
     def capture(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:

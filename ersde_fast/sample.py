@@ -203,7 +203,7 @@ def sample_plan(
     history: list[Tensor] = []
     for i in trange(plan.num_steps, disable=disable):
         seen = {"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i]}
-        newest, what = returns.arguments(model(x, batches[i], **given))
+        newest, what = returns.arguments(evaluate(model, x, batches[i], **given))
         history = with_newest(newest, history, plan)
         if callback is not None and not what:
             callback({**seen, "denoised": newest})
@@ -222,3 +222,16 @@ def checked_extra_args(extra_args) -> Mapping:
     if extra_args is not None and not isinstance(extra_args, Mapping):
         raise TypeError(f"extra_args must be a dict of further arguments of model, or None, got {type(extra_args).__name__}")
     return {} if extra_args is None else extra_args
+
+
+def evaluate(model: Callable[..., Any], x: Tensor, sigma: Tensor, /, **extra_args) -> Any:
+    """What a model returns for a sample, which it must leave as it is: the step reads it."""
+    if x.is_inference() or torch.compiler.is_compiling():  # such samples do not count who writes to them
+        return model(x, sigma, **extra_args)
+    version = x._version
+    output = model(x, sigma, **extra_args)
+    if x._version != version:
+        raise ValueError(
+            "model must not write into x, which the step reads: write x = x * scale for x *= scale, or begin with x.clone()"
+        )
+    return output

@@ -333,6 +333,7 @@ BAD = {
     "guidance_scale": {"guidance_scale": -1.0},
     "sigma_data": {"sigma_data": 0.0},
     "extra_args must be a dict": {"extra_args": [1]},
+    "model must not write into x": {"of": lambda x, sigma: x.mul_(0.5)},
     "x must be finite": {"x": starts() * math.nan},
     rf"model must return float tensors of the shape of x, \(16, {SIZE}\), got torch.float64 \(1, {SIZE}\)": {
         "of": lambda x, sigma: x[:1]

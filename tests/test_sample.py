@@ -218,3 +218,17 @@ def test_a_plan_or_sigmas():
 def test_extra_args_have_names():
     with pytest.raises(TypeError, match="extra_args must be a dict of further arguments of model, or None, got list"):
         sample_er_sde(lambda x, sigma: x, torch.zeros(1, 2), [2.0, 1.0, 0.0], [1])
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_model_that_writes_into_the_sample_is_refused(inference):
+    """Where torch counts writes; the sample that was given is the caller's, and the model has written to it."""
+
+    def in_place(x, sigma):
+        return x.mul_(0.5)
+
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="model must not write into x, which the step reads: write x = x"):
+        sample_er_sde(in_place, x, [2.0, 1.0, 0.0], disable=True)
+    with torch.inference_mode(inference):
+        sample_er_sde(lambda x, sigma: x * 0.5, x + 1, [2.0, 1.0, 0.0], disable=True)

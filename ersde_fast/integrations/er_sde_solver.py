@@ -18,7 +18,7 @@ from tqdm.auto import trange
 
 from ..levels import on_host
 from ..plan import Plan, er_sde_plan
-from ..sample import Source, with_newest
+from ..sample import Source, evaluate, with_newest
 from ..step import fast_step
 
 PREDICTION_TYPES = {"x_start": "sample", "noise": "epsilon"}
@@ -130,7 +130,7 @@ class ER_SDE_Solver:
         source = Source(None if randn_like is None else lambda: randn_like(x))
         prediction_type, history = PREDICTION_TYPES[self.model_prediction_type], []
         for i in trange(plan.num_steps, disable=not progress):
-            output = model(x, times[i] * times.new_ones(len(x)), **model_kwargs)
+            output = evaluate(model, x, times[i] * times.new_ones(len(x)), **model_kwargs)
             history = with_newest(output, history, plan)
             x, history[0] = fast_step(plan, i, x, history, prediction_type=prediction_type, **source.of_step(plan, i))
         return x
