@@ -130,10 +130,7 @@ def checked(
         raise ValueError(f"prediction_type must be None or one of {names}, got {output.prediction_type!r}{remedy}")
     if output.prediction_type is not None:
         uses = max(uses, 1)
-    if not isinstance(history, (list, tuple)):
-        raise TypeError(
-            f"history must be a list of predictions, newest first, got {type(history).__name__}: write [denoised, *history]"
-        )
+    check_history(history)
     if len(history) < uses:
         at = f" at step {i}" if isinstance(i, int) else ""
         raise ValueError(
@@ -358,6 +355,13 @@ def _halves(value: Tensor, x: Tensor) -> str:
     if value.shape == (2 * x.shape[0], *x.shape[1:]):
         return ": where it holds both outputs of guidance, take output.chunk(2) and guidance=(unconditional, scale)"
     return ""
+
+
+def check_history(history) -> None:
+    if not isinstance(history, (list, tuple)):
+        raise TypeError(
+            f"history must be a list of predictions, newest first, got {type(history).__name__}: write [denoised, *history]"
+        )
 
 
 def check_like(name: str, value, x: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..noise import Seed, seed_table, specified_noise
 from ..plan import Plan
-from ..request import pair_of
+from ..request import check_history, pair_of
 from ..step import fast_step
 
 
@@ -64,10 +64,7 @@ def fast_step_dtensor(
     """
     if not isinstance(x, DTensor):
         raise TypeError(f"x must be a DTensor, got {type(x).__name__}: use distribute_tensor, or fast_step with global_shape")
-    if not isinstance(history, (list, tuple)):
-        raise TypeError(
-            f"history must be a list of predictions, newest first, got {type(history).__name__}: write [denoised, *history]"
-        )
+    check_history(history)
     unconditional = [] if guidance is None else [pair_of(guidance)[0]]
     for name, other in [*((f"history[{j}]", d) for j, d in enumerate(history)), *(("guidance[0]", u) for u in unconditional)]:
         if not isinstance(other, DTensor) or other.device_mesh != x.device_mesh or other.placements != x.placements:
