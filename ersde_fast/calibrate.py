@@ -17,7 +17,6 @@ and in each step the weights of the differences between neighbouring predictions
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,8 +45,8 @@ from .predictions import PREDICTION_TYPES
 from .reference import prediction
 from .report import CalibrationReport
 from .request import ModelOutput, inside
-from .sample import checked_extra_args, evaluate, levels_of, with_newest
-from .schedules import PilotErrors, levels_of_pilot
+from .sample import checked_extra_args, checked_pair, evaluate, levels_of, with_newest
+from .schedules import PilotErrors, is_whole, levels_of_pilot
 from .step import fast_step
 
 HELD_BACK = 4  # one start of so many
@@ -162,21 +161,17 @@ def _check_arguments(x, pilot_sigmas: Tensor, num_steps: int, prediction_type, e
         )
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type must be None or one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
-    if batch_size is not None and not (_is_whole(batch_size) and batch_size >= 1):
+    if batch_size is not None and not (is_whole(batch_size) and batch_size >= 1):
         raise ValueError(f"batch_size must be None or a whole number of at least 1, got {batch_size!r}")
     pilot_steps = len(pilot_sigmas) - 1
     if pilot_steps <= num_steps:
         raise ValueError(f"sigmas must have more steps than the {num_steps} of the plan, got {pilot_steps}")
     least = pilot_steps + 3 * num_steps
-    if not _is_whole(evaluations) or evaluations < least:
+    if not is_whole(evaluations) or evaluations < least:
         raise ValueError(
             f"evaluations must be a whole number of at least {least}, for the {pilot_steps} of the pilot and three runs of "
             f"{num_steps} steps, got {evaluations!r}: allow more, or give a pilot of fewer sigmas"
         )
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_finite(end: Tensor, where: str) -> None:
@@ -235,9 +230,8 @@ class _Runs:
         values = values.flatten(1)[:, self.places]
         return values.to(float64_device(values.device)).double().to(CPU)
 
-    def predict(self, plan: Plan, i: int, x: Tensor, rows: Tensor) -> Tensor:
+    def predict(self, plan: Plan, i: int, sigma: Tensor, x: Tensor, rows: Tensor) -> Tensor:
         """The denoised samples at step i of a plan, in batches."""
-        sigma = levels_of(plan, x)[i]
         denoised = []
         for part, which in zip(x.split(self.batch_size), rows.split(self.batch_size), strict=True):
             args = _rows_of(self.extra_args, which, len(self.x))
@@ -249,11 +243,7 @@ class _Runs:
     def _denoised(self, plan: Plan, i: int, x: Tensor, returned) -> Tensor:
         unconditional = None
         if self.guidance_scale is not None:
-            if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-                raise TypeError(
-                    f"model must return a pair for guidance_scale, with the condition and without it, got {type(returned).__name__}"
-                )
-            returned, unconditional = returned
+            returned, unconditional = checked_pair(returned, "guidance_scale")
         for output in (returned, returned if unconditional is None else unconditional):
             if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
                 is_tensor = isinstance(output, Tensor)
@@ -269,20 +259,26 @@ class _Runs:
         return prediction(factors, x, returned, ModelOutput(unconditional, self.guidance_scale))
 
     def follow(
-        self, plan: Plan, rows: Tensor, start: int = 0, x: Tensor | None = None, history: Sequence[Tensor] = (), keep=None
+        self,
+        plan: Plan,
+        rows: Tensor,
+        start: int = 0,
+        x: Tensor | None = None,
+        history: Sequence[Tensor] = (),
+        keep: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> _Run:
         """The run of some samples; or the rest of it, from the state at a step and the predictions up to that step, newest first.
 
         Args:
-            keep: what is kept of states and predictions; None keeps nothing.
+            keep: what is kept of states and predictions.
         """
         x, history, states, kept = self.x[rows.to(self.x.device)] if x is None else x, list(history), [], []
+        sigmas = levels_of(plan, x)
         for i in range(start, plan.num_steps):
             if i > start or not history:
-                history = with_newest(self.predict(plan, i, x, rows), history, plan)
-            if keep is not None:
-                states.append(keep(x))
-                kept.append(keep(history[0]))
+                history = with_newest(self.predict(plan, i, sigmas[i], x, rows), history, plan)
+            states.append(keep(x))
+            kept.append(keep(history[0]))
             x = fast_step(plan, i, x, history)
         return _Run(x, states, kept)
 
@@ -299,7 +295,7 @@ class _Fit:
         held = torch.arange(len(runs.x), device=CPU) % HELD_BACK == HELD_BACK - 1
         self.runs, self.family, self.num_steps = runs, family, family.num_steps
         self.fitted, self.held_back = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
-        self.alpha_end, self.pilot_end = pilot.alphas[-1].item(), followed.end
+        self.alpha_end = pilot.alphas[-1].item()
         _check_finite(followed.end, "where the pilot ends: end it at a higher sigma, or run the model in a wider dtype")
         ends = self.ends(followed.end)
         self.starts = followed.states[0][self.fitted]
@@ -322,17 +318,16 @@ class _Fit:
         """Results as the fit compares them, float64 [n, m]."""
         return self.runs.seen(end) / self.alpha_end
 
-    def errors(self, end: Tensor, rows: Tensor) -> Tensor:
+    def errors(self, end: Tensor, path: Path) -> Tensor:
         """The mean squared distance of each result from the pilot's, in variances of the pilot's results."""
-        aim = self.ends(self.pilot_end[rows.to(self.pilot_end.device)])
-        return (self.ends(end) - aim).square().mean(1) / self.variance
+        return (self.ends(end) - path.end).square().mean(1) / self.variance
 
     def calibrate(self, evaluations: int) -> tuple[Tensor, CalibrationReport]:
         """The parameters, and what the fit did."""
         runs, family = self.runs, self.family
         nothing = torch.zeros(family.size, dtype=torch.float64, device=CPU)
         everyone = torch.arange(len(runs.x), device=CPU)  # in the pilot's batches, for the same first predictions to the bit
-        uncalibrated = runs.follow(family.plan(nothing), everyone, keep=lambda values: values)
+        uncalibrated = runs.follow(family.plan(nothing), everyone)
         levels = ", ".join(f"{sigma:.3g}" for sigma in family.sigmas.tolist())
         few = f"where the {self.num_steps} steps end that the fit begins with, of sigmas {levels}, though the pilot is finite"
         _check_finite(uncalibrated.end, f"{few}: raise num_steps, or run the model in a wider dtype")
@@ -345,10 +340,10 @@ class _Fit:
                 found = self.rounds(*self.start(begin()), most)
                 if found[2] < error:
                     parameters, run, error = found
-        held_after = runs.follow(family.plan(parameters), self.held_back, keep=lambda values: values)
+        held_after = runs.follow(family.plan(parameters), self.held_back)
         before_losses = self.losses(self.left(held_before, nothing, self.path_held_back))
         if not (better := self.is_better(held_after, parameters, before_losses)):
-            whole = runs.follow(family.plan(parameters / 2), everyone, keep=lambda values: values)
+            whole = runs.follow(family.plan(parameters / 2), everyone)
             if better := self.is_better(whole.of(self.held_back), parameters / 2, before_losses):
                 parameters, run, held_after = parameters / 2, whole.of(self.fitted), whole.of(self.held_back)
         return parameters, self.report(better, (before.end, held_before.end), (run.end, held_after.end))
@@ -400,13 +395,14 @@ class _Fit:
     def start(self, gaps: Tensor) -> tuple[Tensor, _Run]:
         """Parameters with these of the gaps, their weights fitted to the pilot's path on the way of a run, and the run."""
         family, path = self.family, self.path
-        plan = family.plan(torch.cat([gaps, gaps.new_zeros(len(family.differences))]))
+        plan = family.analytic(gaps)
         alphas, er_lambdas = plan.alphas.tolist(), plan.er_lambdas.tolist()
         x, weights = self.runs.x[self.fitted.to(self.runs.x.device)], [gaps]
+        sigmas = levels_of(plan, x)
         history: list[Tensor] = []
         states, kept = [], []
         for i in range(self.num_steps):
-            history = with_newest(self.runs.predict(plan, i, x, self.fitted), history, plan)
+            history = with_newest(self.runs.predict(plan, i, sigmas[i], x, self.fitted), history, plan)
             states.append(x)
             kept.append(history[0])
             x = fast_step(plan, i, x, history)
@@ -437,7 +433,7 @@ class _Fit:
             model = Quadratic.of(columns, rows, here)
             step = family.within(here + model.step(damping, family.num_gaps)) - here
             there = here + step
-            tried = self.runs.follow(family.plan(there), self.fitted, keep=lambda values: values)
+            tried = self.runs.follow(family.plan(there), self.fitted)
             left_there, error_there = self.residuals(tried, there)
             if math.isfinite(error_there):
                 missed = left_there[known] - left[known] - jacobian[known] @ step
@@ -461,16 +457,16 @@ class _Fit:
             there[k] += (difference := -DIFFERENCE if k < self.family.num_gaps else DIFFERENCE)
             history = run.denoised[max(first - ORDER + 1, 0) : first + 1][::-1]
             plan, rows = self.family.plan(there), self.fitted[some]
-            moved = self.runs.follow(plan, rows, first, run.states[first], history, keep=lambda values: values)
+            moved = self.runs.follow(plan, rows, first, run.states[first], history)
             columns.append(torch.zeros_like(left))
             columns[-1][:, first:] = (self.left(moved, there, self.path, some, first) - left[:, first:]) / difference
         return torch.stack(columns, dim=3).nan_to_num(0.0, 0.0, 0.0)
 
     def report(self, better: bool, uncalibrated: tuple[Tensor, Tensor], fitted: tuple[Tensor, Tensor]) -> CalibrationReport:
         """By where the runs of the two plans end, of the starts fitted and of those held back."""
-        rows = (self.fitted, self.held_back)
-        before, held_before = map(self.errors, uncalibrated, rows)
-        after, held_after = map(self.errors, fitted, rows)
+        paths = (self.path, self.path_held_back)
+        before, held_before = map(self.errors, uncalibrated, paths)
+        after, held_after = map(self.errors, fitted, paths)
         return CalibrationReport(
             calibrated=better,
             error_before=before.mean().item(),

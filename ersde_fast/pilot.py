@@ -108,6 +108,10 @@ class Family:
         inner = FROM_ER_LAMBDA[self.process](logs.exp())
         return torch.cat([self.sigmas[:1], inner, self.sigmas[-1:]])
 
+    def analytic(self, gaps: Tensor) -> Plan:
+        """The plan of these parameters of the gaps with the analytic weights."""
+        return self.plan(torch.cat([gaps, gaps.new_zeros(len(self.differences))]))
+
     def plan(self, parameters: Tensor, **noise) -> Plan:
         """The plan by the ODE; with a noise scaler and eta that one, its differences' weights more than the analytic ones as the ODE's."""
         sigmas = self.levels(parameters)
@@ -130,7 +134,7 @@ def along(path: Path, family: Family, parameters: Tensor, x: Tensor) -> tuple[li
         x: [n, m] the start.
     """
     gaps = parameters[: family.num_gaps]
-    plan = family.plan(torch.cat([gaps, gaps.new_zeros(len(family.differences))]))
+    plan = family.analytic(gaps)
     er_lambdas, alphas = plan.er_lambdas.tolist(), plan.alphas.tolist()
     denoised: list[Tensor] = []
     errors, fitted = [], []

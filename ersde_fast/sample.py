@@ -163,11 +163,7 @@ class Output(NamedTuple):
                     f"model must return a tensor of the shape of x, got {type(returned).__name__}{inside(returned)}"
                 )
             return returned, {} if self.prediction_type is None else {"prediction_type": self.prediction_type}
-        if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-            raise TypeError(
-                f"model must return a pair for cfg_pp, with the condition and without it, got {type(returned).__name__}"
-            )
-        output, unconditional = returned
+        output, unconditional = checked_pair(returned, "cfg_pp")
         guidance = (unconditional, self.cfg_pp)
         return output, {"prediction_type": self.prediction_type or "sample", "guidance": guidance, "cfg_pp": True}
 
@@ -222,6 +218,15 @@ def checked_extra_args(extra_args) -> Mapping:
     if extra_args is not None and not isinstance(extra_args, Mapping):
         raise TypeError(f"extra_args must be a dict of further arguments of model, or None, got {type(extra_args).__name__}")
     return {} if extra_args is None else extra_args
+
+
+def checked_pair(returned, argument: str) -> tuple[Any, Any]:
+    """The two outputs, with the condition and without it, that a model returns where an argument says that it does."""
+    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+        raise TypeError(
+            f"model must return a pair for {argument}, with the condition and without it, got {type(returned).__name__}"
+        )
+    return returned[0], returned[1]
 
 
 def evaluate(model: Callable[..., Any], x: Tensor, sigma: Tensor, /, **extra_args) -> Any:

@@ -134,8 +134,13 @@ def _check_ends(sigma_min: float, sigma_max: float) -> None:
         )
 
 
+def is_whole(value) -> bool:
+    """Whether it is a whole number, of Python's or NumPy's types."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _check_count(num_steps: int) -> None:
-    if not isinstance(num_steps, Integral) or isinstance(num_steps, bool) or num_steps < 1:
+    if not is_whole(num_steps) or num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps!r}")
 
 
@@ -195,7 +200,7 @@ def levels_of_pilot(sigmas: Tensor | Sequence[float] | np.ndarray, num_steps: in
     sigmas = er_sde_plan(on_host(sigmas), process=process).sigmas
     ends_at_zero = bool(sigmas[-1] == 0)
     levels = sigmas[:-1] if ends_at_zero else sigmas
-    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 2:
+    if not is_whole(num_steps) or num_steps < 2:
         raise ValueError(f"num_steps must be a whole number of at least 2, got {num_steps!r}")
     if (levels.diff() == 0).any():
         raise ValueError("sigmas must fall at every step of the pilot, got a level twice")
