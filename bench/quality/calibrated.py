@@ -24,7 +24,7 @@ FEW = (5, 6, 8)
 BUDGETS = (100, 400)  # beside the default
 GUIDANCE = (2.5, 5.0)
 GUIDED_NETWORKS = {"emoji": (1.0, 5.0), "digits_classes": (5.0,)}
-UNCALIBRATED = {"ode": "newton 3, c = 10 std, ode", "sde_5": "newton 3, c = 10 std"}
+UNCALIBRATED = {"ode": cells.OF_ODE, "sde_5": "newton 3, c = 10 std"}
 COVERED = (5, 8)  # evaluations at which precision and recall are measured
 
 
@@ -41,6 +41,10 @@ def run_of(plan: Plan):
 
 def name_of(pilot: int, kind: str, evaluations: int | None = None) -> str:
     return f"calibrated, {kind}, pilot {pilot}{f', {evaluations} evaluations' if evaluations else ''}"
+
+
+def reported(plan: Plan) -> dict:
+    return {"spent": plan.report.evaluations, "calibrated": float(plan.report.calibrated)}
 
 
 def starts(shape: tuple, sigma: float, pilot: int, dtype=torch.float64, device="cpu") -> Tensor:
@@ -60,7 +64,7 @@ def of_exact(name: str, count: int, pilot: int, n: int, kind: str, evaluations: 
 def measure_exact(name: str, count: int, pilot: int, n: int, kind: str, seed: int, evaluations: int | None = None) -> dict:
     plan = of_exact(name, count, pilot, n, kind, evaluations)
     made = cells.measure(cells.PROBLEMS[name](), run_of(plan), n, seed, cells.SAMPLES, spacing=lambda _: plan.sigmas)
-    return made | {"spent": plan.report.evaluations, "calibrated": float(plan.report.calibrated)}
+    return made | reported(plan)
 
 
 @functools.cache
@@ -91,7 +95,7 @@ def measure_guided(scale: float, count: int, pilot: int, n: int, kind: str, seed
     of, plan = guidance.problem(guidance.EXACT, "cpu", scale), of_guided(scale, count, pilot, n, kind)
     x = of.run(run_of(plan), plan.sigmas, seed)
     limit = guidance.limit(guidance.EXACT, "cpu", scale, guidance.FROM_80, kind)
-    return of.compare(x, limit) | {"spent": plan.report.evaluations, "calibrated": float(plan.report.calibrated)}
+    return of.compare(x, limit) | reported(plan)
 
 
 def seed_cells(seed: int):
@@ -145,12 +149,7 @@ def network_cells(device: str):
 
     @functools.cache
     def plan(name, count, pilot, n, kind):
-        of, sigmas = network(name), karras_sigmas(PILOT_STEPS)
-        x = starts((count, *of.shape), sigmas[0].item(), pilot, torch.float32, device)
-        labels = one_hot(torch.arange(count, device=device) % 10, 10).float() if name == "network" else None
-        model = lambda x, sigma, labels: of.call(x, sigma[0].item(), labels)  # noqa: E731
-        with torch.compiler.set_stance("force_eager"):  # of rows as many as it likes
-            return calibrate_plan(model, x, n, sigmas, {"labels": labels}, noise_scaler=kind, disable=True)
+        return of_network(network(name), device, count, pilot, n, kind)
 
     def cell(name, count, pilot, n, kind, seed):
         made = plan(name, count, pilot, n, kind)
@@ -162,12 +161,11 @@ def network_cells(device: str):
             yield key, functools.partial(cell, name, count, pilot, n, kind, seed)
 
 
-@functools.cache
-def of_guided_network(name: str, device: str, scale: float, count: int, pilot: int, n: int, kind: str) -> Plan:
-    """Of the network in pairs, or at guidance 1 told alone; the classes in turn."""
-    of, sigmas = guidance.problem(name, device, scale), karras_sigmas(PILOT_STEPS)
+def of_network(of, device: str, count: int, pilot: int, n: int, kind: str) -> Plan:
+    """Of a network, the classes in turn where it is told them; in pairs at a guidance that takes both."""
+    sigmas, classes = karras_sigmas(PILOT_STEPS), of.labels.shape[1]
     x = starts((count, *of.shape), sigmas[0].item(), pilot, torch.float32, device)
-    labels = one_hot(torch.arange(count, device=device) % of.labels.shape[1], of.labels.shape[1]).float()
+    labels = one_hot(torch.arange(count, device=device) % classes, classes).float() if of.guidance else None
 
     def told(x, sigma, labels):
         return of.call(x, sigma[0].item(), labels)
@@ -175,8 +173,8 @@ def of_guided_network(name: str, device: str, scale: float, count: int, pilot: i
     def pair(x, sigma, labels):
         return of.call(x.repeat(2, 1, 1, 1), sigma[0].item(), torch.cat([labels, 0 * labels])).chunk(2)
 
-    model, given = (told, {}) if scale == 1 else (pair, {"guidance_scale": scale})
-    with torch.compiler.set_stance("force_eager"):
+    model, given = (told, {}) if of.guidance in (0, 1) else (pair, {"guidance_scale": of.guidance})
+    with torch.compiler.set_stance("force_eager"):  # of rows as many as it likes
         return calibrate_plan(model, x, n, sigmas, {"labels": labels}, noise_scaler=kind, disable=True, **given)
 
 
@@ -186,7 +184,7 @@ def measure_guided_network(name: str, device: str, scale: float, n: int, kind: s
     if pilot is None:
         run, sigmas = under_guidance(scale)[TOLD[kind]], guidance.sigmas_of(name, device, scale, guidance.PLACED, n)
     else:
-        plan = of_guided_network(name, device, scale, 64, pilot, n, kind)
+        plan = of_network(of, device, 64, pilot, n, kind)
         run, sigmas = run_of(plan), plan.sigmas
     return of.compare(of.run(run, sigmas, 0), limit, with_data=False)
 

@@ -432,7 +432,9 @@ def calibration_coverage(results: dict) -> str:
     for kind, sampler in calibrated.UNCALIBRATED.items():
         rows.append([f"`{kind}`, uncalibrated", *(number(every(sampler, n, what)) for n, what in columns)])
         made = functools.partial(over_pilots, results, f"{of}, {calibrated.STARTS[0]} starts", kind)
-        rows.append([f"`{kind}`, calibrated on 16 starts", *(number(made(n, what=what)) for n, what in columns)])
+        rows.append(
+            [f"`{kind}`, calibrated on {calibrated.STARTS[0]} starts", *(number(made(n, what=what)) for n, what in columns)]
+        )
     return markdown(["mixture", *titles], rows)
 
 
