@@ -2,7 +2,8 @@
 
 The plan's run shall end where a pilot run of many steps ends from the same start, and pass near where that passes: a result that is not
 yet another sample says little of how near it is to being one, its way more. Two things are fitted: the gaps between the levels,
-and in each step the weights of the differences between neighbouring predictions (`pilot.Family`).
+and in each step the weights of the differences between neighbouring predictions (`pilot.Family`). Where neighbours are alike, as in
+pictures, samples are compared by their frequencies, of which the fine ones count more than their share (`coordinates`).
 
 1. The pilot run, which also shows its samples between its levels.
 2. Without the model: levels and weights whose steps' errors along the pilot's path are least.
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .coordinates import Coordinates, sharpness
 from .levels import CPU, Process
-from .noise import float64_device
 from .noise_scaler import AnyNoiseScaler, nonnegative
 from .pilot import (
     DAMPED,
@@ -37,6 +38,7 @@ from .pilot import (
     Path,
     Quadratic,
     differences_of,
+    kept_from,
     least_squares,
     place_on_path,
 )
@@ -52,7 +54,7 @@ from .step import fast_step
 HELD_BACK = 4  # one start of so many
 WITH_DERIVATIVES = 4  # samples a round whose derivatives are measured, at least
 TURNS = 4  # rounds until all have had theirs, at most
-NUMBERS = 2**16  # of all samples together, on which the fit looks
+NUMBERS, LEAST_NUMBERS = 2**16, 64  # of all samples together, and of one, on which the fit looks
 DIFFERENCE = 0.05  # of a parameter, for a derivative: large enough for networks in half precision
 SHORTENED = (1.0, 0.8, 0.6)  # what the gaps of the placed levels are multiplied by, where the search on the path begins
 WATERSHED = 0.03  # the error, in variances, from which on a result counts ever less: it is another sample than the pilot's
@@ -133,7 +135,7 @@ def calibrate_plan(
     pilot = er_sde_plan(pilot_sigmas, process=process, order=3, method="newton", noise_scaler="ode", sigma_data=sigma_data)
     with tqdm(total=evaluations * len(x), desc="calibrating", unit="evaluation", disable=disable) as bar:
         runs = _Runs(model, x, checked_extra_args(extra_args), prediction_type, guidance_scale, batch_size, bar)
-        followed = runs.follow(pilot, torch.arange(len(x), device=CPU), keep=runs.seen)
+        followed = runs.follow(pilot, torch.arange(len(x), device=CPU), keep=runs.coordinates.of)
         errors = PilotErrors(pilot_levels, process)
         for denoised in followed.denoised[: len(pilot_levels) - 1]:
             errors.add(denoised)
@@ -221,14 +223,7 @@ class _Runs:
         self.prediction_type, self.guidance_scale = prediction_type, guidance_scale
         self.batch_size = int(batch_size or len(x))
         self.spent = 0
-        size, wanted = x[0].numel(), max(NUMBERS // len(x), 64)
-        places = torch.randperm(size, generator=torch.Generator(CPU).manual_seed(0), device=CPU)[:wanted].sort().values
-        self.places = places.to(x.device)
-
-    def seen(self, values: Tensor) -> Tensor:
-        """The coordinates that the fit looks at, float64 [n, m] on the CPU."""
-        values = values.flatten(1)[:, self.places]
-        return values.to(float64_device(values.device)).double().to(CPU)
+        self.coordinates = Coordinates(x.shape[1:], max(NUMBERS // len(x), LEAST_NUMBERS), x.device)
 
     def predict(self, plan: Plan, i: int, sigma: Tensor, x: Tensor, rows: Tensor) -> Tensor:
         """The denoised samples at step i of a plan, in batches."""
@@ -297,30 +292,38 @@ class _Fit:
         self.fitted, self.held_back = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
         self.alpha_end = pilot.alphas[-1].item()
         _check_finite(followed.end, "where the pilot ends: end it at a higher sigma, or run the model in a wider dtype")
-        ends = self.ends(followed.end)
-        self.starts = followed.states[0][self.fitted]
-        self.variance = ends.var(0, correction=0).mean().item()
-        if not 0 < self.variance < math.inf:
+        coordinates = runs.coordinates
+        self.variances = coordinates.variances(followed.end) / self.alpha_end**2
+        if not 0 < self.variances.mean() < math.inf:
             raise ValueError(
-                f"model must give results that differ between starts, got the variance {self.variance}: give each start noise of its own"
+                f"model must give results that differ between starts, got the variance {self.variances.mean()}: give each start "
+                f"noise of its own"
             )
-        self.scale = 1 / math.sqrt(ends.shape[1] * self.variance)
+        self.sharp = sharpness(self.variances)
+        ends = self.ends(followed.end)
+        self.starts = followed.states[0][self.fitted] * self.sharp
+        self.variance = (ends / self.sharp).var(0, correction=0).mean().item()
+        self.scale = 1 / math.sqrt(ends.shape[1] * ends.var(0, correction=0).mean().item())
         self.shares = torch.full((family.num_steps,), ON_THE_WAY / (family.num_steps - 1), dtype=torch.float64, device=CPU)
         self.shares[-1] = 1.0
         levels = pilot.er_lambdas[: len(followed.states)]
-        y = torch.stack(followed.states) / pilot.alphas[: len(levels), None, None]
-        denoised = torch.stack(followed.denoised)
+        y = torch.stack(followed.states) * self.sharp / pilot.alphas[: len(levels), None, None]
+        denoised = torch.stack(followed.denoised) * self.sharp
         self.path, self.path_held_back = (
             Path(levels, y[:, rows], denoised[:, rows], ends[rows]) for rows in (self.fitted, self.held_back)
         )
 
+    def seen(self, values: Tensor) -> Tensor:
+        """States or predictions as the fit compares them, float64 [n, m]."""
+        return self.runs.coordinates.of(values) * self.sharp
+
     def ends(self, end: Tensor) -> Tensor:
-        """Results as the fit compares them, float64 [n, m]."""
-        return self.runs.seen(end) / self.alpha_end
+        """Results likewise."""
+        return self.seen(end) / self.alpha_end
 
     def errors(self, end: Tensor, path: Path) -> Tensor:
         """The mean squared distance of each result from the pilot's, in variances of the pilot's results."""
-        return (self.ends(end) - path.end).square().mean(1) / self.variance
+        return ((self.ends(end) - path.end) / self.sharp).square().mean(1) / self.variance
 
     def calibrate(self, evaluations: int) -> tuple[Tensor, CalibrationReport]:
         """The parameters, and what the fit did."""
@@ -355,7 +358,7 @@ class _Fit:
 
     def check_repeated(self, denoised: Tensor) -> None:
         """Raises where the first predictions of the starts fitted are not those of the pilot, which has the same first level."""
-        difference = (self.runs.seen(denoised) - self.path.first).square().mean().item() / self.variance
+        difference = ((self.seen(denoised) - self.path.first) / self.sharp).square().mean().item() / self.variance
         if not difference <= REPEATED:
             raise ValueError(
                 f"model must return the same for the same sample, got predictions {difference:.2g} variances apart at the first of "
@@ -370,7 +373,7 @@ class _Fit:
 
     def left(self, run: _Run, parameters: Tensor, path: Path, rows: Tensor | slice = slice(None), first: int = 0) -> Tensor:
         """What is left between the pilot's path and a run from step `first` on: at its later levels and then where it ends, [n, levels, m],
-        in standard deviations by the root of m. At a level l as much counts as data of a Gaussian's variance would keep of it to the end.
+        in standard deviations by the root of m. At a level as much counts as would be kept of it to the end.
 
         Args:
             rows: those of the path.
@@ -378,8 +381,8 @@ class _Fit:
         plan, left = self.family.plan(parameters), []
         alphas, er_lambdas = plan.alphas.tolist(), plan.er_lambdas.tolist()
         for i, state in enumerate(run.states[1:], first + 1):
-            kept = math.sqrt(self.variance / (self.variance + er_lambdas[i] ** 2))
-            left.append(kept * (self.runs.seen(state) / alphas[i] - path.at(er_lambdas[i])[0][rows]))
+            kept = kept_from(er_lambdas[i], self.variances)
+            left.append(kept * (self.seen(state) / alphas[i] - path.at(er_lambdas[i])[0][rows]))
         return torch.stack([*left, self.ends(run.end) - path.end[rows]], dim=1) * self.scale
 
     def losses(self, left: Tensor) -> Tensor:
@@ -389,7 +392,9 @@ class _Fit:
     def on_the_path(self) -> Tensor:
         """The parameters of the gaps whose steps err least along the pilot's path."""
         scale = self.scale / math.sqrt(len(self.fitted))
-        begun = [place_on_path(self.path, self.family, self.starts, scale, math.log(factor)) for factor in SHORTENED]
+        begun = [
+            place_on_path(self.path, self.family, self.starts, self.variances, scale, math.log(factor)) for factor in SHORTENED
+        ]
         return min(begun, key=lambda one: one[1])[0][: self.family.num_gaps]
 
     def start(self, gaps: Tensor) -> tuple[Tensor, _Run]:
@@ -407,8 +412,8 @@ class _Fit:
             kept.append(history[0])
             x = fast_step(plan, i, x, history)
             aim = path.at(er_lambdas[i + 1])[0] if er_lambdas[i + 1] > 0 else path.end
-            seen = [self.runs.seen(denoised) for denoised in history]
-            weights.append(least_squares(seen, aim - self.runs.seen(x) / alphas[i + 1]))
+            seen = [self.seen(denoised) for denoised in history]
+            weights.append(least_squares(seen, aim - self.seen(x) / alphas[i + 1]))
             x = x + (alphas[i + 1] * differences_of(history, weights[-1])).to(x.dtype)
         return torch.cat(weights), _Run(x, states, kept)
 
@@ -475,7 +480,7 @@ class _Fit:
             held_back_after=held_after.mean().item(),
             median_before=held_before.quantile(0.5).item(),
             median_after=held_after.quantile(0.5).item(),
-            variance=self.ends(torch.cat(fitted)).var(0, correction=0).mean().item() / self.variance,
+            variance=(self.ends(torch.cat(fitted)) / self.sharp).var(0, correction=0).mean().item() / self.variance,
             evaluations=self.runs.spent / len(self.runs.x),
             starts=(len(self.fitted), len(self.held_back)),
         )

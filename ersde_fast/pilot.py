@@ -1,7 +1,7 @@
 """What a pilot run tells of runs of few steps: the path of its samples between its levels, and the plans that follow it best.
 
-Coordinates are those of a variance exploding process, y = x / alpha and l = er_lambda, in which every process has the path
-dy / dl = (y - D) / l, D the prediction. All is float64 on the CPU, on some of the coordinates of each sample.
+Samples are those of a variance exploding process, y = x / alpha and l = er_lambda, in which every process has the path
+dy / dl = (y - D) / l, D the prediction. All is float64 on the CPU, in coordinates of the samples.
 """
 
 import math
@@ -15,7 +15,7 @@ from .levels import CPU, Process
 from .plan import Plan, er_sde_plan
 from .schedules import FROM_ER_LAMBDA
 
-ORDER = 3  # of calibrated plans: more gains little
+ORDER = 4  # of calibrated plans
 RIDGE = 1e-4  # of the least squares of a step, relative
 NOTHING = 1e-8  # differences between predictions, as a share of their squares, that say nothing
 PRIOR = 1e-5  # on the squares of the parameters, beside an error in variances
@@ -126,19 +126,25 @@ class Family:
         return Plan.from_weights(weights, sigmas, process=self.process, sigma_data=analytic.sigma_data)
 
 
-def along(path: Path, family: Family, parameters: Tensor, x: Tensor) -> tuple[list[Tensor], Tensor]:
+def kept_from(er_lambda: float, variances: Tensor) -> Tensor:
+    """The part of an error at a level that is left where the run ends, [m], of Gaussian data of these variances: as of the noise there,
+    later steps take the rest back."""
+    return (variances / (variances + er_lambda**2)).sqrt() if er_lambda > 0 else torch.ones_like(variances)
+
+
+def along(path: Path, family: Family, parameters: Tensor, x: Tensor, variances: Tensor) -> tuple[list[Tensor], Tensor]:
     """The error that each step makes by itself from the pilot's path, [n, m] of each, with the weights that make it least; and the
     parameters with these.
 
     Args:
         x: [n, m] the start.
+        variances: [m] of the data, see `kept_from`.
     """
     gaps = parameters[: family.num_gaps]
     plan = family.analytic(gaps)
     er_lambdas, alphas = plan.er_lambdas.tolist(), plan.alphas.tolist()
     denoised: list[Tensor] = []
     errors, fitted = [], []
-    spread = path.end - path.end.mean(0)
     for i, row in enumerate(plan.rows):
         if i > 0:
             y, newest = path.at(er_lambdas[i])
@@ -152,10 +158,7 @@ def along(path: Path, family: Family, parameters: Tensor, x: Tensor) -> tuple[li
         weights = least_squares(denoised, -error)
         error = error + differences_of(denoised, weights)
         fitted.append(weights)
-        # Later steps take an error back as they take back the spread of the samples in its direction, var + l^2 of which var is left.
-        direction = error / error.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        variance = (direction @ spread.T).square().mean()
-        errors.append(error * (variance / (variance + l**2)).sqrt() if l > 0 else error)
+        errors.append(error * kept_from(l, variances))
     return errors, torch.cat([gaps, *fitted])
 
 
@@ -198,16 +201,17 @@ class Quadratic(NamedTuple):
         return -(2 * self.gradient @ step + step @ self.hessian @ step).item()
 
 
-def place_on_path(path: Path, family: Family, x: Tensor, scale: float, start: float) -> tuple[Tensor, float]:
+def place_on_path(path: Path, family: Family, x: Tensor, variances: Tensor, scale: float, start: float) -> tuple[Tensor, float]:
     """The parameters whose steps' errors along the path have the least sum of squares, without an evaluation of the model; and that sum.
 
     Args:
+        x, variances: see `along`.
         scale: what errors are multiplied by.
         start: the parameters of all gaps to begin with.
     """
 
     def errors_at(parameters: Tensor) -> tuple[Tensor, Tensor, float]:
-        errors, fitted = along(path, family, parameters, x)
+        errors, fitted = along(path, family, parameters, x, variances)
         residuals = torch.cat([error.flatten() for error in errors]) * scale
         gaps = parameters[: family.num_gaps]
         return residuals, fitted, (residuals @ residuals + PRIOR * gaps @ gaps).item()

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import dropout, one_hot
 
-from ersde_fast import Plan, calibrate_plan, er_sde_plan, place_sigmas, sample_er_sde
+from ersde_fast import Plan, calibrate_plan, coordinates, er_sde_plan, place_sigmas, sample_er_sde
 from ersde_fast.calibrate import _Fit
+from ersde_fast.coordinates import Coordinates
 from ersde_fast.graph import SamplingGraph
-from ersde_fast.pilot import Family, Path, along
+from ersde_fast.pilot import ORDER, Family, Path, along
 from ersde_fast.sample import sample_plan
 from ersde_fast.schedules import flow_sigmas, karras_sigmas
 from problems import Empirical, Mixture
@@ -46,6 +47,12 @@ def calibrated(num_steps=5, of=model, x=None, sigmas=PILOT, **options) -> Plan:
     return calibrate_plan(of, starts() if x is None else x, num_steps, sigmas, disable=True, **options)
 
 
+def analytic_weights(sigmas, **noise) -> torch.Tensor:
+    """Those of `er_sde_plan`, by the ODE if nothing is said, with columns for the order of calibrated plans."""
+    weights = er_sde_plan(sigmas, **{"noise_scaler": "ode", **noise}).weights
+    return torch.cat([weights[:, :-1], weights.new_zeros(len(weights), ORDER + 2 - weights.shape[1]), weights[:, -1:]], dim=1)
+
+
 def median_error(plan, of=model, x=None, **options):
     """Of new starts, against 200 steps."""
     x = starts(64, seed=9) if x is None else x
@@ -56,6 +63,63 @@ def median_error(plan, of=model, x=None, **options):
 @pytest.fixture(scope="module")
 def plan():
     return calibrated()
+
+
+def of_pictures(side: int = 8) -> Mixture:
+    """Pictures whose neighbours are alike: the variance of a frequency falls as its cube."""
+    place = torch.arange(side, dtype=torch.float64)
+    at = torch.cartesian_prod(place, place)
+    alike = torch.exp(-torch.cdist(at, at) / 3)
+    means = (
+        torch.randn(6, side**2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        @ torch.linalg.cholesky(alike).T
+    )
+    return Mixture(torch.full((6,), 1 / 6, dtype=torch.float64), means, 0.1 * alike.expand(6, -1, -1))
+
+
+def test_what_is_fine_counts_too(monkeypatch):
+    """Of the faint half of the frequencies plans are nearer than those fitted to numbers are, and of the whole as near."""
+    pictures = of_pictures()
+
+    def of(x, sigma):
+        return pictures.denoise(x.flatten(1), sigma[0].item()).view_as(x)
+
+    def noise(count, seed):
+        return 40 * torch.randn(count, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+    x = noise(100, 9)
+    exact = sample_plan(er_sde_plan(karras_sigmas(100, 0.01, 40.0), noise_scaler="ode", order=3), of, x, disable=True)
+    seen = Coordinates((1, 8, 8), 1000, x.device)
+    fine = seen.variances(exact) < seen.variances(exact).quantile(0.5)
+    whole_errors, fine_errors = [], []
+    for sharpened in (0.0, coordinates.SHARPENED):
+        monkeypatch.setattr(coordinates, "SHARPENED", sharpened)
+        made = sample_plan(calibrated(6, of, noise(16, 0)), of, x, disable=True)
+        errors = (seen.of(made) - seen.of(exact)).square()
+        whole_errors.append(errors.sum(1).quantile(0.5))
+        fine_errors.append(errors[:, fine].sum(1).quantile(0.5))
+    assert fine_errors[1] < 0.5 * fine_errors[0] and whole_errors[1] < whole_errors[0]
+
+
+def test_frequencies_that_no_result_has():
+    """Pictures that are alike across say nothing of what differs across: fitted as the same numbers without a grid."""
+
+    def of(x, sigma):
+        return model(x[:, 0, :, 0], sigma)[:, None, :, None].expand_as(x)
+
+    x = starts(16)[:, None, :, None] + 40 * torch.randn(
+        16, 1, SIZE, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    made = calibrated(of=of, x=x)
+    assert made.report.calibrated and made.report.median_after < 0.3 * made.report.median_before
+
+
+def test_a_sequence_and_its_transpose_have_one_plan():
+    """[batch, channels, frames] and [batch, tokens, channels]."""
+    sequence = starts(16).view(16, 2, 3)
+    made = calibrated(of=lambda x, sigma: model(x.reshape(-1, SIZE), sigma).view_as(x), x=sequence)
+    moved = calibrated(of=lambda x, sigma: model(x.mT.reshape(-1, SIZE), sigma).view(-1, 2, 3).mT, x=sequence.mT.contiguous())
+    torch.testing.assert_close(made.table, moved.table, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("num_steps", [2, 5, 8])
@@ -71,12 +135,12 @@ def test_all_but_the_differences_is_analytic(plan, noise):
     """w_x, w_noise and the sum of w_d are those of the levels; with noise the differences' weights change by as much as the ODE's."""
     made = calibrated(**noise)
     assert torch.equal(made.sigmas, plan.sigmas)
-    analytic = er_sde_plan(made.sigmas, **{"noise_scaler": "ode", **noise})
-    assert torch.equal(made.weights[:, 0], analytic.weights[:, 0]) and torch.equal(made.weights[:, -1], analytic.weights[:, -1])
-    torch.testing.assert_close(made.weights[:, 1:-1].sum(1), analytic.weights[:, 1:-1].sum(1), rtol=1e-13, atol=1e-15)
-    ode = er_sde_plan(made.sigmas, noise_scaler="ode")
-    torch.testing.assert_close(made.weights - analytic.weights, plan.weights - ode.weights, rtol=0, atol=1e-13)
-    assert (made.weights - analytic.weights).abs().max() > 0.01
+    weights = analytic_weights(made.sigmas, **noise)
+    assert torch.equal(made.weights[:, 0], weights[:, 0]) and torch.equal(made.weights[:, -1], weights[:, -1])
+    torch.testing.assert_close(made.weights[:, 1:-1].sum(1), weights[:, 1:-1].sum(1), rtol=1e-13, atol=1e-15)
+    added = plan.weights - analytic_weights(made.sigmas)
+    torch.testing.assert_close(made.weights - weights, added, rtol=0, atol=1e-13)
+    assert added.abs().max() > 0.01
 
 
 def test_levels_fall_between_the_ends_of_the_pilot(plan):
@@ -160,7 +224,7 @@ def test_half_way_where_the_whole_is_refused(plan, monkeypatch):
         levels.diff().abs().log() for levels in (plan.sigmas[1:-1].log(), half.sigmas[1:-1].log(), placed)
     )
     torch.testing.assert_close(half_gaps, (gaps + placed_gaps) / 2, rtol=0, atol=1e-9)
-    added, half_added = (p.weights - er_sde_plan(p.sigmas, noise_scaler="ode").weights for p in (plan, half))
+    added, half_added = (p.weights - analytic_weights(p.sigmas) for p in (plan, half))
     torch.testing.assert_close(half_added, added / 2, rtol=0, atol=1e-12)
     assert half.report.calibrated and plan.report.evaluations + 5 == half.report.evaluations <= 200
     assert half.report.error_after > plan.report.error_after
@@ -301,9 +365,9 @@ def test_the_paths_interpolation_and_its_errors():
         torch.testing.assert_close(prediction, at * variance / (variance + level**2), rtol=2e-2, atol=0)
     family = Family(er_sde_plan(karras_sigmas(5, 0.01, 40.0)).sigmas, 40.0, "ve", {})
     nothing = torch.zeros(family.size, dtype=torch.float64)
-    analytic = er_sde_plan(karras_sigmas(5, 0.01, 40.0), noise_scaler="ode")
-    torch.testing.assert_close(family.plan(nothing).weights, analytic.weights, rtol=1e-12, atol=1e-12)
-    errors, fitted = along(path, family, nothing, y[0])
+    weights = analytic_weights(karras_sigmas(5, 0.01, 40.0))
+    torch.testing.assert_close(family.plan(nothing).weights, weights, rtol=1e-12, atol=1e-12)
+    errors, fitted = along(path, family, nothing, y[0], torch.full((3,), variance, dtype=torch.float64))
     assert len(errors) == 5 and fitted.shape == nothing.shape
     assert family.within(nothing + 1).shape == nothing.shape
     assert family.levels(family.within(nothing + 1))[-2] >= 0.01 * (1 - 1e-12)

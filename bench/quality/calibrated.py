@@ -12,7 +12,7 @@ import guidance
 from ersde_fast import Plan, calibrate_plan, sample_er_sde
 from ersde_fast.schedules import karras_sigmas
 from problems import Mixture, data_std, digits_mixture
-from samplers import contenders, under_guidance
+from samplers import contenders, limit_of, under_guidance
 
 STARTS = (16, 64)
 NETWORK_STARTS = {"network": (64,), "network without classes": (64, 256)}
@@ -25,6 +25,8 @@ BUDGETS = (100, 400)  # beside the default
 GUIDANCE = (2.5, 5.0)
 GUIDED_NETWORKS = {"emoji": (1.0, 5.0), "digits_classes": (5.0,)}
 UNCALIBRATED = {"ode": cells.OF_ODE, "sde_5": "newton 3, c = 10 std"}
+PAIRED = {"network": 1.0, "network without classes": 0.0}  # their guidance
+PAIRS = 2000
 COVERED = (5, 8)  # evaluations at which precision and recall are measured
 
 
@@ -196,3 +198,41 @@ def guided_network_cells(device: str):
             on, sampler = (guidance.PLACED, TOLD[kind]) if pilot is None else ("64 starts", name_of(pilot, kind))
             of = functools.partial(measure_guided_network, name, device, scale, n, kind, pilot)
             yield f"{name}, guidance {scale:g}, {on} | {sampler} | {n} | 0", of
+
+
+def paired_cells(device: str):
+    """The network of digits by the ODE, against what the same starts come to in many steps: the distance has no part that is other starts."""
+    from network import STD, Network
+
+    sampler = contenders(STD)[cells.OF_ODE]
+
+    def network_of(name, samples):
+        return Network("digits", device, PAIRED[name], samples=samples, batch=100 if device == "cpu" else samples)
+
+    @functools.cache
+    def of(name):
+        made = network_of(name, PAIRS)
+        many = made.run(limit_of("ode"), karras_sigmas(guidance.COSTS["digits_classes"].limit_steps), 0)
+        return made, many, made.reference(many)
+
+    def measure(name, run, sigmas):
+        network, many, reference = of(name)
+        few = network.run(run, sigmas, 0)
+        apart = (few - many).square().mean((1, 2, 3)).quantile(0.5).item()
+        return network.compare(few, reference, with_data=False) | {"median": apart}
+
+    def uncalibrated(name, n, placed):
+        levels = network_of(name, PAIRS // 10).placed(karras_sigmas(cells.PILOT_STEPS), n) if placed else karras_sigmas(n)
+        return measure(name, sampler, levels)
+
+    def calibrated(name, pilot, n):
+        plan = of_network(of(name)[0], device, NETWORK_STARTS[name][0], pilot, n, "ode")
+        return measure(name, run_of(plan), plan.sigmas)
+
+    for name, n in itertools.product(PAIRED, FEW):
+        for placed in (False, True):
+            key = f"{name}, in pairs{f', {guidance.PLACED}' if placed else ''} | {cells.OF_ODE} | {n} | 0"
+            yield key, functools.partial(uncalibrated, name, n, placed)
+        for pilot in PILOTS:
+            key = f"{name}, in pairs, {NETWORK_STARTS[name][0]} starts | {name_of(pilot, 'ode')} | {n} | 0"
+            yield key, functools.partial(calibrated, name, pilot, n)

@@ -1,6 +1,7 @@
 """The tables and pictures of the study's pages, from the cells that it has kept."""
 
 import functools
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -408,8 +409,9 @@ def calibration_guided(results: dict, name: str, scales: tuple) -> str:
                 told = [plain(cell[0]) if (cell := over_seeds(results, levels, sampler, n)) else "" for levels in at]
                 made = over_pilots(results, f"{of}, 64 starts", kind, n)
                 best = best_rival(results, at[:1], n)
+                spread = f" ({plain(made[1])})" if made and made[1] > 0 else ""  # of one pilot there is none
                 rows.append(
-                    [f"{scale:g}, `{kind}`", str(n), plain(limit[0]), best, *told, f"{plain(made[0])} ({plain(made[1])})"]
+                    [f"{scale:g}, `{kind}`", str(n), plain(limit[0]), best, *told, f"{plain(made[0])}{spread}" if made else ""]
                 )
     titles = [
         "guidance, scaler",
@@ -438,6 +440,44 @@ def calibration_coverage(results: dict) -> str:
     return markdown(["mixture", *titles], rows)
 
 
+def calibration_pairs(results: dict) -> str:
+    """The network of digits by the ODE against what the same starts come to in many steps."""
+    rows = []
+    for name, n in itertools.product(calibrated.PAIRED, calibrated.FEW):
+        of = f"{name}, in pairs"
+        at = [
+            over_seeds(results, f"{of}{levels}", cells.OF_ODE, n, what)
+            for what in ("frechet", "median")
+            for levels in ("", ", placed")
+        ]
+        made = [
+            over_pilots(results, f"{of}, {calibrated.NETWORK_STARTS[name][0]} starts", "ode", n, what=what, seeds=(0,))
+            for what in ("frechet", "median")
+        ]
+        row = [*at[:2], made[0], *at[2:], made[1]]
+        rows.append([name, str(n), *(f"{plain(c[0])} ({plain(c[1])})" if c in made else plain(c[0]) for c in row)])
+    each = ["Karras", "placed", "calibrated"]
+    return markdown(["", "evaluations", *(f"{what}, {on}" for what in ("Frechet", "median") for on in each)], rows)
+
+
+def calibration_worse(results: dict) -> str:
+    """How many cells of calibrated plans are worse than the same sampler uncalibrated on placed levels, of the same seed."""
+    found = {}
+    for key, cell in results.items():
+        if " starts | calibrated, " not in key or "frechet" not in cell:
+            continue
+        problem, name, n, seed = key.split(" | ")
+        problem, kind = problem.rpartition(", ")[0], name.split(", ")[1]
+        sampler = calibrated.TOLD[kind] if "guidance" in problem else calibrated.UNCALIBRATED[kind]
+        if beside := results.get(f"{problem}, placed | {sampler} | {n} | {seed}"):
+            found.setdefault(problem, []).append(cell["frechet"] / beside["frechet"])
+    rows = []
+    for problem, ratios in found.items():
+        worse = [ratio for ratio in ratios if ratio > 1]
+        rows.append([problem, str(len(ratios)), str(len(worse) or "none"), f"{max(worse) - 1:.0%}" if worse else ""])
+    return markdown(["", "cells", "worse", "by at most"], rows)
+
+
 def calibration_tables(results: dict) -> dict[str, str]:
     if not over_pilots(results, "mixture, 16 starts", "ode", 8):
         return {}
@@ -446,14 +486,16 @@ def calibration_tables(results: dict) -> dict[str, str]:
         "calibrated mixture": calibration(results, "mixture", of_mixture),
         "calibrated digits": calibration(results, "digits", ["digits", "digits, placed"]),
         "calibration, evaluations": calibration_budgets(results), "calibration, guided": calibration_guided(results, guidance.EXACT, calibrated.GUIDANCE),
-        "calibration, coverage": calibration_coverage(results),
+        "calibration, coverage": calibration_coverage(results), "calibration, worse": calibration_worse(results),
     }  # fmt: skip
     for name, scales in calibrated.GUIDED_NETWORKS.items():
-        if all(over_pilots(results, f"{name}, guidance {scale:g}, 64 starts", "sde_5", 8) for scale in scales):
+        if any(over_pilots(results, f"{name}, guidance {scale:g}, 64 starts", "sde_5", 8) for scale in scales):
             made[f"calibration, {name}"] = calibration_guided(results, name, scales)
     for name, counts in calibrated.NETWORK_STARTS.items():
         if over_pilots(results, f"{name}, {counts[-1]} starts", "ode", 8):
             made[f"calibrated {name}"] = calibration(results, name, [name, f"{name}, placed"], counts)
+    if all(over_pilots(results, f"{name}, in pairs, 64 starts", "ode", calibrated.FEW[-1]) for name in calibrated.PAIRED):
+        made["calibration, pairs"] = calibration_pairs(results)
     return made
 
 

@@ -32,6 +32,7 @@ EXACT = {"exact": cells.cells, "guided": guidance.exact_cells, "flows": flows.ex
 ON_GPU = {
     "networks": guidance.network_cells, "digits": cells.network_cells, "network_flows": flows.network_cells,
     "calibrated_networks": calibrated.network_cells, "calibrated_guided": calibrated.guided_network_cells,
+    "calibrated_pairs": calibrated.paired_cells,
 }  # fmt: skip
 
 
