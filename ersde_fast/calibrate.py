@@ -87,8 +87,8 @@ def calibrate_plan(
 ) -> Plan:
     """A plan of few steps, fitted to a model and the conditions it is used under (docs/calibration.md).
 
-    It belongs to the model: to another it may do harm. Single results come nearer to those of many steps, all of them together not always:
-    look at samples before you keep it. Nothing is trained, and no gradient is taken of the model.
+    It belongs to the model: to another it may do harm, and what it gives is measured on few networks: look at samples before you keep it.
+    Nothing is trained, and no gradient is taken of the model.
 
     Args:
         model: `model(x, sigma, **extra_args)`, sigma [batch], to the denoised sample, or what `prediction_type` says. It is called with
