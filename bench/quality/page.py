@@ -9,6 +9,7 @@ import calibrated
 import cells
 import flows
 import guidance
+import page_elsewhere
 import regret
 from samplers import AT_THE_END, BY_LEVEL, KINDS, RIVALS, SCALER_FAMILIES, SCALERS, STOCHASTIC, contenders, under_guidance
 from written import markdown, number, over_pilots, over_seeds, plain
@@ -460,7 +461,7 @@ def calibration_tables(results: dict) -> dict[str, str]:
             made[f"calibrated {name}"] = calibration(results, name, [name, f"{name}, placed"], counts)
     if all(over_pilots(results, f"{name}, in pairs, 64 starts", "ode", calibrated.FEW[-1]) for name in calibrated.PAIRED):
         made["calibration, pairs"] = calibration_pairs(results)
-    return made
+    return made | page_elsewhere.tables(results)
 
 
 def picture(results: dict, plt, names: tuple, evaluations: tuple, limits: tuple):
