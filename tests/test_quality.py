@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import calibrated
+import calibrated_elsewhere as elsewhere
 import flows
 import guidance
 import page
+import page_elsewhere
 import regret
 import study
-from ersde_fast import er_sde_plan, fast_step
+from ersde_fast import Plan, er_sde_plan, fast_step
 from ersde_fast.schedules import karras_sigmas
 from features import kernel_distance
 from guidance import FROM_80, Cell, GuidedMixture
@@ -311,3 +313,57 @@ def test_cells_of_calibrated_plans():
     torch.testing.assert_close(
         untold + 3 * (told - untold), Guided(digits_mixture(), 3.0).denoise(x, torch.tensor([0.7]).item())
     )
+
+
+def test_results_apart_are_the_median_in_variances_of_the_many():
+    many = torch.tensor([[0.0, 2.0], [4.0, 2.0], [2.0, 8.0]])
+    few = many + torch.tensor([[1.0, 1.0], [0.0, 4.0], [0.0, 0.0]])
+    assert elsewhere.apart(few, many) == {"median": pytest.approx(1 / ((8 / 3 + 8) / 2))}
+
+
+def test_results_of_other_classes_are_of_classes_5_to_9():
+    x = elsewhere.of_other_classes(1.0, limit_of("ode"), karras_sigmas(30))
+    parts = calibrated.components()
+    log_p = [torch.distributions.MultivariateNormal(of.mean, of.covariance).log_prob(x) for of in parts]
+    assert torch.stack(log_p).argmax(0).tolist() == [5 + i % 5 for i in range(100)]
+
+
+def test_a_plan_cut_is_analytic_where_it_reads_what_is_not_there():
+    sigmas = karras_sigmas(6, 0.01, 20.0)
+    whole, analytic = (er_sde_plan(s, order=o, noise_scaler="ode") for s, o in ((sigmas, 4), (sigmas[2:], 3)))
+    whole = Plan.from_weights(whole.weights, sigmas)
+    made = elsewhere.cut(whole, analytic, 2)
+    assert torch.equal(made.sigmas, sigmas[2:]) and torch.equal(made.weights[3], whole.weights[5])
+    assert torch.equal(made.weights[:3, :4], analytic.weights[:3, :-1]) and not made.weights[:3, 4:].any()
+    single = Plan.from_weights(er_sde_plan(sigmas, order=1, noise_scaler="ode").weights, sigmas)
+    first = er_sde_plan(sigmas[2:], order=1, noise_scaler="ode")
+    assert torch.equal(elsewhere.cut(single, first, 2).weights, single.starting_at(2).weights)
+
+
+def test_the_mixture_as_a_flow_predicts_what_the_mixture_does():
+    of, problem = elsewhere.mixture_as_flow(), digits_mixture()
+    clean, z = problem.sample(5, generator()), torch.randn(5, 64, dtype=torch.float64, generator=generator(1))
+    torch.testing.assert_close(of.denoise(0.25 * clean + 0.75 * z, 0.75), problem.denoise(clean + 3 * z, 3.0))
+    torch.testing.assert_close(of.denoise(z, 1.0), problem.mean.expand(5, -1), rtol=0, atol=1e-2)  # says nothing of the sample
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_uses_of_the_network_are_its_formula(scale):
+    net, labels = network("digits"), torch.eye(10)[[3, 7]]
+    x, sigma = 3 * torch.randn(2, 1, 36, 36, generator=generator()), torch.tensor([3.0])
+    told, untold = net(x, 3.0, labels), net(x, 3.0)
+    made = elsewhere.Use(scale, 36).denoise(x, sigma, labels)
+    torch.testing.assert_close(made, untold + scale * (told - untold), rtol=1e-4, atol=1e-5)
+    halved = elsewhere.Use(scale, 36, torch.bfloat16).denoise(x, sigma, labels)
+    assert halved.dtype == torch.float32 and 1e-4 < (halved - made).abs().mean() < 0.1
+    assert network("digits").stem.weight.dtype == torch.float32  # the one that others use
+
+
+def test_tables_of_where_it_ends_are_full_where_all_is_measured():
+    """Each asks for cells that the study has."""
+    one = dict.fromkeys(("frechet", "median", *page_elsewhere.MIDDLE), 1.0)
+    made = page_elsewhere.tables({cell.key: one for cell in study.wanted([*study.EXACT, *study.ON_GPU], "cpu")})
+    flow = made.pop("calibration, flows")  # whose last row is the pilot's
+    assert flow.count("| |") + flow.count("|  |") == 1
+    for name, table in made.items():
+        assert "1" in table and "|  |" not in table, name

@@ -86,11 +86,17 @@ def guided_model(x: Tensor, sigma: Tensor, classes: Tensor) -> tuple[Tensor, Ten
 
 
 @functools.cache
-def of_guided(scale: float, count: int, pilot: int, n: int, kind: str) -> Plan:
-    sigmas, classes = karras_sigmas(PILOT_STEPS), torch.arange(count) % len(components())
+def of_guided(
+    scale: float, count: int, pilot: int, n: int, kind: str, classes: int = 10, rounded: torch.dtype = torch.float64
+) -> Plan:
+    """Of the first classes in turn; the model's input and output rounded to a dtype."""
+    sigmas, conditions = karras_sigmas(PILOT_STEPS), {"classes": torch.arange(count) % classes}
     x = starts((count, 64), sigmas[0].item(), pilot)
-    conditions = {"classes": classes}
-    return calibrate_plan(guided_model, x, n, sigmas, conditions, noise_scaler=kind, guidance_scale=scale, disable=True)
+
+    def model(x, sigma, classes):
+        return tuple(of.to(rounded).double() for of in guided_model(x.to(rounded).double(), sigma, classes))
+
+    return calibrate_plan(model, x, n, sigmas, conditions, noise_scaler=kind, guidance_scale=scale, disable=True)
 
 
 def measure_guided(scale: float, count: int, pilot: int, n: int, kind: str, seed: int) -> dict:

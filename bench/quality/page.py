@@ -3,25 +3,19 @@
 import functools
 import itertools
 import math
-import statistics
 from pathlib import Path
 
 import calibrated
 import cells
 import flows
 import guidance
+import page_elsewhere
 import regret
 from samplers import AT_THE_END, BY_LEVEL, KINDS, RIVALS, SCALER_FAMILIES, SCALERS, STOCHASTIC, contenders, under_guidance
+from written import markdown, number, over_pilots, over_seeds, plain
 
 OURS = "newton 3, c = 10 std"
 PUBLISHED = "published, order 3"
-
-
-def over_seeds(results: dict, problem: str, sampler: str, evaluations: int, what="frechet") -> tuple[float, float] | None:
-    """Mean and spread (largest less smallest, halved) of a cell over its seeds; None where it was not measured."""
-    found = (results.get(f"{problem} | {sampler} | {evaluations} | {seed}", {}).get(what) for seed in cells.SEEDS)
-    values = [value for value in found if value is not None]
-    return (statistics.mean(values), (max(values) - min(values)) / 2) if values else None
 
 
 def floor(results: dict, problem: str, what="frechet") -> float:
@@ -30,20 +24,6 @@ def floor(results: dict, problem: str, what="frechet") -> float:
     return over_seeds(results, problem, cells.FLOOR, cells.LIMIT_STEPS if "network" in problem else cells.EVALUATIONS[0], what)[
         0
     ]
-
-
-def number(cell: tuple[float, float] | None, diverged: float = 100.0) -> str:
-    if cell is None:
-        return ""
-    mean, spread = cell
-    if not mean < diverged:
-        return "diverges"
-    return f"{mean:.2f}" if mean >= 1 else f"{mean:.3f} ({spread:.3f})"
-
-
-def markdown(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def grid(results: dict, corner: str, columns: list[tuple], samplers: list[str], what="frechet") -> str:
@@ -130,11 +110,6 @@ def amplification(results: dict) -> str:
 
 
 NAMES = ("emoji", "fashion", "digits_classes", guidance.EXACT)
-
-
-def plain(value: float | None) -> str:
-    """Three digits."""
-    return "" if value is None else f"{value:.3g}" if value < 1000 else "diverges"
 
 
 def plain_grid(results: dict, corner: str, columns: list[tuple], samplers: list[str], what="frechet", scale=1.0) -> str:
@@ -345,16 +320,6 @@ def tables(results: dict) -> dict[str, str]:
     return made | calibration_tables(results)
 
 
-def over_pilots(
-    results: dict, problem: str, kind: str, n: int, evaluations=None, what="frechet", seeds=cells.SEEDS
-) -> tuple[float, float] | None:
-    """Mean and spread of a cell of calibrated plans over pilots and seeds."""
-    names = [calibrated.name_of(pilot, kind, evaluations) for pilot in calibrated.PILOTS]
-    found = [results.get(f"{problem} | {name} | {n} | {seed}", {}).get(what) for name in names for seed in seeds]
-    values = [value for value in found if value is not None]
-    return (statistics.mean(values), (max(values) - min(values)) / 2) if values else None
-
-
 def best_rival(results: dict, problems: list[str], n: int) -> str:
     """The mean and the name of the best of other packages' samplers, on the levels that are best for it."""
     found = {rival: [over_seeds(results, problem, rival, n) for problem in problems] for rival in RIVALS}
@@ -496,7 +461,7 @@ def calibration_tables(results: dict) -> dict[str, str]:
             made[f"calibrated {name}"] = calibration(results, name, [name, f"{name}, placed"], counts)
     if all(over_pilots(results, f"{name}, in pairs, 64 starts", "ode", calibrated.FEW[-1]) for name in calibrated.PAIRED):
         made["calibration, pairs"] = calibration_pairs(results)
-    return made
+    return made | page_elsewhere.tables(results)
 
 
 def picture(results: dict, plt, names: tuple, evaluations: tuple, limits: tuple):

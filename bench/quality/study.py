@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import calibrated
+import calibrated_elsewhere
 import cells
 import flows
 import guidance
@@ -28,11 +29,14 @@ from samplers import RIVALS, contenders
 START = time.monotonic()
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
-EXACT = {"exact": cells.cells, "guided": guidance.exact_cells, "flows": flows.exact_cells, "calibrated": calibrated.exact_cells}
+EXACT = {
+    "exact": cells.cells, "guided": guidance.exact_cells, "flows": flows.exact_cells, "calibrated": calibrated.exact_cells,
+    "calibrated_elsewhere": calibrated_elsewhere.exact_cells,
+}  # fmt: skip
 ON_GPU = {
     "networks": guidance.network_cells, "digits": cells.network_cells, "network_flows": flows.network_cells,
     "calibrated_networks": calibrated.network_cells, "calibrated_guided": calibrated.guided_network_cells,
-    "calibrated_pairs": calibrated.paired_cells,
+    "calibrated_pairs": calibrated.paired_cells, "calibrated_network_elsewhere": calibrated_elsewhere.network_cells,
 }  # fmt: skip
 
 
