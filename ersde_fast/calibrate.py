@@ -413,7 +413,8 @@ class _Fit:
             x = fast_step(plan, i, x, history)
             aim = path.at(er_lambdas[i + 1])[0] if er_lambdas[i + 1] > 0 else path.end
             seen = [self.seen(denoised) for denoised in history]
-            weights.append(least_squares(seen, aim - self.seen(x) / alphas[i + 1]))
+            fitted = least_squares(seen, aim - self.seen(x) / alphas[i + 1])
+            weights.append(fitted.nan_to_num(0.0, 0.0, 0.0))  # where predictions are not finite, as where the run ends
             x = x + (alphas[i + 1] * differences_of(history, weights[-1])).to(x.dtype)
         return torch.cat(weights), _Run(x, states, kept)
 

@@ -345,6 +345,19 @@ def test_trials_that_are_not_finite_are_not_taken():
     assert not ((plan.sigmas > 1.0) & (plan.sigmas < 1.2)).any()
 
 
+def test_first_weights_that_are_not_finite_are_not_taken():
+    """Where the run on which they are fitted meets levels at which one of the starts has no finite prediction."""
+    known = torch.cat([PILOT, place_sigmas(model, starts(), PILOT, 5)])
+    bad = torch.ones(12, 1, dtype=torch.float64)
+    bad[5] = math.nan
+
+    def of(x, sigma):
+        is_known = len(x) != 12 or (known - sigma[0].item()).abs().min() < 1e-6 * sigma[0]
+        return model(x, sigma) if is_known else model(x, sigma) * bad
+
+    assert math.isfinite(calibrated(of=of).report.error_after)
+
+
 def test_the_generator_and_the_starts_are_left_alone():
     x, state = starts(), torch.get_rng_state()
     calibrated(x=x, evaluations=60)
