@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from .coordinates import Coordinates, sharpness
 from .levels import CPU, Process
+from .noise import float64_device
 from .noise_scaler import AnyNoiseScaler, nonnegative
 from .pilot import (
     DAMPED,
@@ -302,7 +303,8 @@ class _Fit:
         self.sharp = sharpness(self.variances)
         ends = self.ends(followed.end)
         self.starts = followed.states[0][self.fitted] * self.sharp
-        self.variance = (ends / self.sharp).var(0, correction=0).mean().item()
+        self.pilot_end = followed.end
+        self.variance = self.results(followed.end).var(0, correction=0).mean().item()
         self.scale = 1 / math.sqrt(ends.shape[1] * ends.var(0, correction=0).mean().item())
         self.shares = torch.full((family.num_steps,), ON_THE_WAY / (family.num_steps - 1), dtype=torch.float64, device=CPU)
         self.shares[-1] = 1.0
@@ -321,35 +323,49 @@ class _Fit:
         """Results likewise."""
         return self.seen(end) / self.alpha_end
 
-    def errors(self, end: Tensor, path: Path) -> Tensor:
+    def results(self, end: Tensor) -> Tensor:
+        """Results in all their numbers, of which a report tells, float64 [n, numbers]."""
+        return end.flatten(1).to(float64_device(end.device)).double() / self.alpha_end
+
+    def errors(self, end: Tensor, pilot_end: Tensor) -> Tensor:
         """The mean squared distance of each result from the pilot's, in variances of the pilot's results."""
-        return ((self.ends(end) - path.end) / self.sharp).square().mean(1) / self.variance
+        return (self.results(end) - self.results(pilot_end)).square().mean(1) / self.variance
 
     def calibrate(self, evaluations: int) -> tuple[Tensor, CalibrationReport]:
         """The parameters, and what the fit did."""
         runs, family = self.runs, self.family
         nothing = torch.zeros(family.size, dtype=torch.float64, device=CPU)
         everyone = torch.arange(len(runs.x), device=CPU)  # in the pilot's batches, for the same first predictions to the bit
-        uncalibrated = runs.follow(family.plan(nothing), everyone)
-        levels = ", ".join(f"{sigma:.3g}" for sigma in family.sigmas.tolist())
-        few = f"where the {self.num_steps} steps end that the fit begins with, of sigmas {levels}, though the pilot is finite"
-        _check_finite(uncalibrated.end, f"{few}: raise num_steps, or run the model in a wider dtype")
-        before, held_before = uncalibrated.of(self.fitted), uncalibrated.of(self.held_back)
-        self.check_repeated(before.denoised[0])
+        before, error, before_losses = self.uncalibrated(nothing, everyone)
         most = evaluations * len(runs.x) - self.num_steps * (len(self.held_back) + len(runs.x))
-        parameters, run, error = nothing, before, self.residuals(before, nothing)[1]
+        parameters, end = nothing, before[0]
         for begin in (self.on_the_path, lambda: nothing[: family.num_gaps]):  # the second where the first gains no more
             if runs.spent + self.num_steps * len(self.fitted) <= most:
-                found = self.rounds(*self.start(begin()), most)
+                found = self.rounds(begin(), most)
                 if found[2] < error:
-                    parameters, run, error = found
-        held_after = runs.follow(family.plan(parameters), self.held_back)
-        before_losses = self.losses(self.left(held_before, nothing, self.path_held_back))
-        if not (better := self.is_better(held_after, parameters, before_losses)):
+                    parameters, end, error = found
+        held_back = runs.follow(family.plan(parameters), self.held_back)
+        after = end, held_back.end
+        if not (better := self.is_better(held_back, parameters, before_losses)):
             whole = runs.follow(family.plan(parameters / 2), everyone)
             if better := self.is_better(whole.of(self.held_back), parameters / 2, before_losses):
-                parameters, run, held_after = parameters / 2, whole.of(self.fitted), whole.of(self.held_back)
-        return parameters, self.report(better, (before.end, held_before.end), (run.end, held_after.end))
+                parameters, after = parameters / 2, self.parted(whole.end)
+        return parameters, self.report(better, before, after)
+
+    def uncalibrated(self, nothing: Tensor, everyone: Tensor) -> tuple[tuple[Tensor, Tensor], float, Tensor]:
+        """Where the plan ends that the fit begins with, as `parted`; what the fit makes least, of it; the losses of the starts held back."""
+        run = self.runs.follow(self.family.plan(nothing), everyone)
+        levels = ", ".join(f"{sigma:.3g}" for sigma in self.family.sigmas.tolist())
+        few = f"where the {self.num_steps} steps end that the fit begins with, of sigmas {levels}, though the pilot is finite"
+        _check_finite(run.end, f"{few}: raise num_steps, or run the model in a wider dtype")
+        fitted, held_back = run.of(self.fitted), run.of(self.held_back)
+        self.check_repeated(fitted.denoised[0])
+        losses = self.losses(self.left(held_back, nothing, self.path_held_back))
+        return self.parted(run.end), self.residuals(fitted, nothing)[1], losses
+
+    def parted(self, end: Tensor) -> tuple[Tensor, Tensor]:
+        """Results of the starts fitted, and of those held back."""
+        return end[self.fitted.to(end.device)], end[self.held_back.to(end.device)]
 
     def is_better(self, run: _Run, parameters: Tensor, before: Tensor) -> bool:
         """Whether a run of the starts held back has smaller losses than before, in the mean or in the median."""
@@ -418,11 +434,12 @@ class _Fit:
             x = x + (alphas[i + 1] * differences_of(history, weights[-1])).to(x.dtype)
         return torch.cat(weights), _Run(x, states, kept)
 
-    def rounds(self, here: Tensor, run: _Run, evaluations: int) -> tuple[Tensor, _Run, float]:
-        """Rounds of Levenberg and Marquardt, from parameters and their run, while another one can be afforded and something is gained;
-        and what the fit makes least."""
+    def rounds(self, gaps: Tensor, evaluations: int) -> tuple[Tensor, Tensor, float]:
+        """Rounds of Levenberg and Marquardt, from these of the gaps, while another one can be afforded and something is gained: the
+        parameters, where their run ends, and what the fit makes least. The run itself, two samples a step, is not kept."""
         count, family = len(self.fitted), self.family
         turns = min(max(1, round(count / WITH_DERIVATIVES)), TURNS)
+        here, run = self.start(gaps)
         left, error = self.residuals(run, here)
         jacobian = torch.zeros(*left.shape, family.size, dtype=torch.float64, device=CPU)
         known = torch.zeros(count, dtype=torch.bool, device=CPU)
@@ -453,7 +470,7 @@ class _Fit:
             elif ratio < POOR:
                 damping = max(damping, WORTH_DAMPING) * DAMPED_MORE
             turn += 1
-        return here, run, error
+        return here, run.end, error
 
     def derivatives(self, here: Tensor, run: _Run, left: Tensor, some: Tensor) -> Tensor:
         """Of what is left of some samples, [some, levels, m, size], by differences; a run goes on from the step that a parameter changes."""
@@ -470,9 +487,9 @@ class _Fit:
 
     def report(self, better: bool, uncalibrated: tuple[Tensor, Tensor], fitted: tuple[Tensor, Tensor]) -> CalibrationReport:
         """By where the runs of the two plans end, of the starts fitted and of those held back."""
-        paths = (self.path, self.path_held_back)
-        before, held_before = map(self.errors, uncalibrated, paths)
-        after, held_after = map(self.errors, fitted, paths)
+        pilot = self.parted(self.pilot_end)
+        before, held_before = map(self.errors, uncalibrated, pilot)
+        after, held_after = map(self.errors, fitted, pilot)
         return CalibrationReport(
             calibrated=better,
             error_before=before.mean().item(),
@@ -481,7 +498,7 @@ class _Fit:
             held_back_after=held_after.mean().item(),
             median_before=held_before.quantile(0.5).item(),
             median_after=held_after.quantile(0.5).item(),
-            variance=(self.ends(torch.cat(fitted)) / self.sharp).var(0, correction=0).mean().item() / self.variance,
+            variance=self.results(torch.cat(fitted)).var(0, correction=0).mean().item() / self.variance,
             evaluations=self.runs.spent / len(self.runs.x),
             starts=(len(self.fitted), len(self.held_back)),
         )

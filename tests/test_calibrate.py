@@ -1,5 +1,7 @@
 """Calibrated plans: what they gain where the truth is known, what of them is analytic, what they cost, and what is refused."""
 
+import gc
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import dropout, one_hot
 
-from ersde_fast import Plan, calibrate_plan, coordinates, er_sde_plan, place_sigmas, sample_er_sde
+from ersde_fast import Plan, calibrate, calibrate_plan, coordinates, er_sde_plan, place_sigmas, sample_er_sde
 from ersde_fast.calibrate import _Fit
 from ersde_fast.coordinates import Coordinates
 from ersde_fast.graph import SamplingGraph
@@ -161,6 +163,35 @@ def test_the_report_counts_every_evaluation():
     assert report.evaluations == sum(calls) / 16 <= 90 and report.starts == (12, 4)
     assert report.error_after < report.error_before and abs(report.variance - 1) < 0.1
     assert calibrated(evaluations=24 + 3 * 5).report.evaluations <= 24 + 3 * 5
+
+
+@pytest.mark.parametrize("process", ["ve", "vp"])
+def test_the_report_is_of_the_samples_themselves(process, monkeypatch):
+    """In variances of all their numbers, also where the fit looks at few of their frequencies, and where alpha is not 1 at the end."""
+    monkeypatch.setattr(calibrate, "NUMBERS", 64)
+    monkeypatch.setattr(calibrate, "LEAST_NUMBERS", 4)
+    levels = er_sde_plan(PILOT[:-1]).er_lambdas
+    alphas = torch.rsqrt(1 + levels**2) if process == "vp" else torch.ones_like(levels)
+
+    def of(x, sigma):
+        return (scaled("vp") if process == "vp" else model)(x.flatten(1), sigma).view_as(x)
+
+    x, sigmas = starts().view(16, 1, 2, 3) * alphas[0], levels * alphas
+    made = calibrated(of=of, x=x, sigmas=sigmas, process=process, evaluations=60)
+    pilot = er_sde_plan(sigmas, process=process, order=3, method="newton", noise_scaler="ode")
+    exact, results = (sample_plan(plan, of, x, disable=True) for plan in (pilot, made))
+    variance = exact.var(0, correction=0).mean()
+    errors, held = (results - exact).square().flatten(1).mean(1) / variance, torch.arange(16) % 4 == 3
+    expected = (
+        errors[~held].mean(),
+        errors[held].mean(),
+        errors[held].quantile(0.5),
+        results.var(0, correction=0).mean() / variance,
+    )
+    report = made.report
+    assert report.calibrated
+    found = report.error_after, report.held_back_after, report.median_after, report.variance
+    assert found == pytest.approx(torch.stack(expected).tolist(), rel=1e-6)
 
 
 def test_the_report_as_text(plan):
@@ -356,6 +387,21 @@ def test_first_weights_that_are_not_finite_are_not_taken():
         return model(x, sigma) if is_known else model(x, sigma) * bad
 
     assert math.isfinite(calibrated(of=of).report.error_after)
+
+
+def test_of_long_runs_only_what_is_needed_is_kept():
+    """While a plan is tried: its run, the one tried before, the one from which derivatives are taken, and where others began and ended."""
+    shape, alive, calls = (1, 2, 3), [], itertools.count()
+
+    def of(x, sigma):
+        if len(x) == 12 and next(calls) % 5 == 0:
+            tensors = (value for value in gc.get_objects() if type(value) is torch.Tensor and value.shape[1:] == shape)
+            alive.append(sum(map(len, tensors)))
+        return model(x.flatten(1), sigma).view_as(x)
+
+    calibrated(8, of=of, x=starts().view(16, *shape), evaluations=150)
+    run, ends = 2 * 8 * 12, 6 * 16
+    assert run < max(alive) <= 3 * run + ends
 
 
 def test_the_generator_and_the_starts_are_left_alone():
