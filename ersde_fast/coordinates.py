@@ -43,7 +43,7 @@ class Coordinates:
         else:
             chances = chances.sign()
         chances = chances.expand(grids, -1).flatten()
-        drawn = torch.rand(len(chances), generator=torch.Generator(CPU).manual_seed(0), device=CPU)
+        drawn = torch.rand(len(chances), generator=torch.Generator(CPU).manual_seed(0), dtype=torch.float32, device=CPU)
         places = (drawn < chances).nonzero()[:, 0]
         self.places, self.frequencies = places.to(device), places // 2 % fineness.numel()
         there = (
