@@ -154,9 +154,9 @@ def calibrate_plan(
 
 def _check_arguments(x, pilot_sigmas: Tensor, num_steps: int, prediction_type, evaluations, batch_size) -> None:
     """Those that only a calibration has; the plans check theirs."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < HELD_BACK:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < HELD_BACK or not x.numel():
         what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a float tensor [batch, ...] of at least {HELD_BACK} starts, got {what}")
+        raise ValueError(f"x must be a float tensor [batch, ...] of at least {HELD_BACK} starts with numbers, got {what}")
     size = x.float().square().mean().sqrt().item()
     if not math.isfinite(size):
         raise ValueError("x must be finite: it is noise scaled to sigmas[0]")
@@ -296,18 +296,18 @@ class _Fit:
         self.fitted, self.held_back = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
         self.alpha_end = pilot.alphas[-1].item()
         _check_finite(followed.end, "where the pilot ends: end it at a higher sigma, or run the model in a wider dtype")
-        coordinates = runs.coordinates
-        self.variances = coordinates.variances(followed.end) / self.alpha_end**2
-        if not 0 < self.variances.mean() < math.inf:
+        self.pilot_end, results = followed.end, self.results(followed.end)
+        self.variance = results.var(0, correction=0).mean().item()
+        rounding = torch.finfo(followed.end.dtype).eps ** 2 * results.square().mean().item()
+        if not rounding < self.variance < math.inf:
             raise ValueError(
-                f"model must give results that differ between starts, got the variance {self.variances.mean()}: give each start "
+                f"model must give results that differ between starts, got the variance {self.variance:.2g}: give each start "
                 f"noise of its own"
             )
+        self.variances = runs.coordinates.variances(followed.end) / self.alpha_end**2
         self.sharp = sharpness(self.variances)
         ends = self.ends(followed.end)
         self.starts = followed.states[0][self.fitted] * self.sharp
-        self.pilot_end = followed.end
-        self.variance = self.results(followed.end).var(0, correction=0).mean().item()
         self.scale = 1 / math.sqrt(ends.shape[1] * ends.var(0, correction=0).mean().item())
         self.shares = torch.full((family.num_steps,), ON_THE_WAY / (family.num_steps - 1), dtype=torch.float64, device=CPU)
         self.shares[-1] = 1.0

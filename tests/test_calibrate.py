@@ -473,6 +473,8 @@ BAD = {
     },
     "got 4 of 16 that are not, where the 5 steps end that the fit begins with, of sigmas 40, ": {"of": nan_off_the_pilot},
     "model must give results that differ": {"of": lambda x, sigma: torch.zeros_like(x) + sigma[0].sin()},
+    "model must give results that differ between starts, got the variance": {"x": starts(1).float().expand(13, SIZE)},
+    r"x must be a float tensor .* with numbers, got torch.float64 \(16, 0\)": {"x": starts()[:, :0]},
 }
 
 
