@@ -351,7 +351,8 @@ class _Fit:
         after = end, held_back.end
         if not (better := self.is_better(held_back, parameters, before_losses)):
             whole = runs.follow(family.plan(parameters / 2), everyone)
-            if better := self.is_better(whole.of(self.held_back), parameters / 2, before_losses):
+            finite = bool(whole.end.isfinite().all())  # those fitted too, which have not been here
+            if better := finite and self.is_better(whole.of(self.held_back), parameters / 2, before_losses):
                 parameters, after = parameters / 2, self.parted(whole.end)
         return parameters, self.report(better, before, after)
 

@@ -261,6 +261,18 @@ def test_half_way_where_the_whole_is_refused(plan, monkeypatch):
     assert half.report.error_after > plan.report.error_after
 
 
+def test_half_way_is_refused_where_a_start_that_was_fitted_is_not_finite(monkeypatch):
+    answers = iter([False, True])
+    monkeypatch.setattr(_Fit, "is_better", lambda *_: next(answers))
+    placed = place_sigmas(model, starts(), PILOT, 5)
+
+    def of(x, sigma):
+        is_half = len(x) == 16 and (torch.cat([PILOT, placed]) - sigma[0].item()).abs().min() > 1e-6 * sigma[0]
+        return torch.where(torch.arange(len(x))[:, None] == 1, math.nan if is_half else 1.0, 1.0) * model(x, sigma)
+
+    assert not calibrated(of=of).report.calibrated
+
+
 def scaled(process):
     """The model of another process, in its own variables."""
 
