@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from .coordinates import Coordinates, sharpness
 from .levels import CPU, Process
+from .noise import float64_device
 from .noise_scaler import AnyNoiseScaler, nonnegative
 from .pilot import (
     DAMPED,
@@ -54,7 +55,10 @@ from .step import fast_step
 HELD_BACK = 4  # one start of so many
 WITH_DERIVATIVES = 4  # samples a round whose derivatives are measured, at least
 TURNS = 4  # rounds until all have had theirs, at most
-NUMBERS, LEAST_NUMBERS = 2**16, 64  # of all samples together, and of one, on which the fit looks
+NUMBERS, LEAST_NUMBERS = (
+    2**16,
+    256,
+)  # of all samples together, and of one, on which the fit looks: fits to 64 differ by the draw
 DIFFERENCE = 0.05  # of a parameter, for a derivative: large enough for networks in half precision
 SHORTENED = (1.0, 0.8, 0.6)  # what the gaps of the placed levels are multiplied by, where the search on the path begins
 WATERSHED = 0.03  # the error, in variances, from which on a result counts ever less: it is another sample than the pilot's
@@ -150,9 +154,9 @@ def calibrate_plan(
 
 def _check_arguments(x, pilot_sigmas: Tensor, num_steps: int, prediction_type, evaluations, batch_size) -> None:
     """Those that only a calibration has; the plans check theirs."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < HELD_BACK:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or len(x) < HELD_BACK or not x.numel():
         what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a float tensor [batch, ...] of at least {HELD_BACK} starts, got {what}")
+        raise ValueError(f"x must be a float tensor [batch, ...] of at least {HELD_BACK} starts with numbers, got {what}")
     size = x.float().square().mean().sqrt().item()
     if not math.isfinite(size):
         raise ValueError("x must be finite: it is noise scaled to sigmas[0]")
@@ -292,17 +296,18 @@ class _Fit:
         self.fitted, self.held_back = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
         self.alpha_end = pilot.alphas[-1].item()
         _check_finite(followed.end, "where the pilot ends: end it at a higher sigma, or run the model in a wider dtype")
-        coordinates = runs.coordinates
-        self.variances = coordinates.variances(followed.end) / self.alpha_end**2
-        if not 0 < self.variances.mean() < math.inf:
+        self.pilot_end, results = followed.end, self.results(followed.end)
+        self.variance = results.var(0, correction=0).mean().item()
+        rounding = torch.finfo(followed.end.dtype).eps ** 2 * results.square().mean().item()
+        if not rounding < self.variance < math.inf:
             raise ValueError(
-                f"model must give results that differ between starts, got the variance {self.variances.mean()}: give each start "
+                f"model must give results that differ between starts, got the variance {self.variance:.2g}: give each start "
                 f"noise of its own"
             )
+        self.variances = runs.coordinates.variances(followed.end) / self.alpha_end**2
         self.sharp = sharpness(self.variances)
         ends = self.ends(followed.end)
         self.starts = followed.states[0][self.fitted] * self.sharp
-        self.variance = (ends / self.sharp).var(0, correction=0).mean().item()
         self.scale = 1 / math.sqrt(ends.shape[1] * ends.var(0, correction=0).mean().item())
         self.shares = torch.full((family.num_steps,), ON_THE_WAY / (family.num_steps - 1), dtype=torch.float64, device=CPU)
         self.shares[-1] = 1.0
@@ -321,35 +326,50 @@ class _Fit:
         """Results likewise."""
         return self.seen(end) / self.alpha_end
 
-    def errors(self, end: Tensor, path: Path) -> Tensor:
+    def results(self, end: Tensor) -> Tensor:
+        """Results in all their numbers, of which a report tells, float64 [n, numbers]."""
+        return end.flatten(1).to(float64_device(end.device)).double() / self.alpha_end
+
+    def errors(self, end: Tensor, pilot_end: Tensor) -> Tensor:
         """The mean squared distance of each result from the pilot's, in variances of the pilot's results."""
-        return ((self.ends(end) - path.end) / self.sharp).square().mean(1) / self.variance
+        return (self.results(end) - self.results(pilot_end)).square().mean(1) / self.variance
 
     def calibrate(self, evaluations: int) -> tuple[Tensor, CalibrationReport]:
         """The parameters, and what the fit did."""
         runs, family = self.runs, self.family
         nothing = torch.zeros(family.size, dtype=torch.float64, device=CPU)
         everyone = torch.arange(len(runs.x), device=CPU)  # in the pilot's batches, for the same first predictions to the bit
-        uncalibrated = runs.follow(family.plan(nothing), everyone)
-        levels = ", ".join(f"{sigma:.3g}" for sigma in family.sigmas.tolist())
-        few = f"where the {self.num_steps} steps end that the fit begins with, of sigmas {levels}, though the pilot is finite"
-        _check_finite(uncalibrated.end, f"{few}: raise num_steps, or run the model in a wider dtype")
-        before, held_before = uncalibrated.of(self.fitted), uncalibrated.of(self.held_back)
-        self.check_repeated(before.denoised[0])
+        before, error, before_losses = self.uncalibrated(nothing, everyone)
         most = evaluations * len(runs.x) - self.num_steps * (len(self.held_back) + len(runs.x))
-        parameters, run, error = nothing, before, self.residuals(before, nothing)[1]
+        parameters, end = nothing, before[0]
         for begin in (self.on_the_path, lambda: nothing[: family.num_gaps]):  # the second where the first gains no more
             if runs.spent + self.num_steps * len(self.fitted) <= most:
-                found = self.rounds(*self.start(begin()), most)
+                found = self.rounds(begin(), most)
                 if found[2] < error:
-                    parameters, run, error = found
-        held_after = runs.follow(family.plan(parameters), self.held_back)
-        before_losses = self.losses(self.left(held_before, nothing, self.path_held_back))
-        if not (better := self.is_better(held_after, parameters, before_losses)):
+                    parameters, end, error = found
+        held_back = runs.follow(family.plan(parameters), self.held_back)
+        after = end, held_back.end
+        if not (better := self.is_better(held_back, parameters, before_losses)):
             whole = runs.follow(family.plan(parameters / 2), everyone)
-            if better := self.is_better(whole.of(self.held_back), parameters / 2, before_losses):
-                parameters, run, held_after = parameters / 2, whole.of(self.fitted), whole.of(self.held_back)
-        return parameters, self.report(better, (before.end, held_before.end), (run.end, held_after.end))
+            finite = bool(whole.end.isfinite().all())  # those fitted too, which have not been here
+            if better := finite and self.is_better(whole.of(self.held_back), parameters / 2, before_losses):
+                parameters, after = parameters / 2, self.parted(whole.end)
+        return parameters, self.report(better, before, after)
+
+    def uncalibrated(self, nothing: Tensor, everyone: Tensor) -> tuple[tuple[Tensor, Tensor], float, Tensor]:
+        """Where the plan ends that the fit begins with, as `parted`; what the fit makes least, of it; the losses of the starts held back."""
+        run = self.runs.follow(self.family.plan(nothing), everyone)
+        levels = ", ".join(f"{sigma:.3g}" for sigma in self.family.sigmas.tolist())
+        few = f"where the {self.num_steps} steps end that the fit begins with, of sigmas {levels}, though the pilot is finite"
+        _check_finite(run.end, f"{few}: raise num_steps, or run the model in a wider dtype")
+        fitted, held_back = run.of(self.fitted), run.of(self.held_back)
+        self.check_repeated(fitted.denoised[0])
+        losses = self.losses(self.left(held_back, nothing, self.path_held_back))
+        return self.parted(run.end), self.residuals(fitted, nothing)[1], losses
+
+    def parted(self, end: Tensor) -> tuple[Tensor, Tensor]:
+        """Results of the starts fitted, and of those held back."""
+        return end[self.fitted.to(end.device)], end[self.held_back.to(end.device)]
 
     def is_better(self, run: _Run, parameters: Tensor, before: Tensor) -> bool:
         """Whether a run of the starts held back has smaller losses than before, in the mean or in the median."""
@@ -413,15 +433,17 @@ class _Fit:
             x = fast_step(plan, i, x, history)
             aim = path.at(er_lambdas[i + 1])[0] if er_lambdas[i + 1] > 0 else path.end
             seen = [self.seen(denoised) for denoised in history]
-            weights.append(least_squares(seen, aim - self.seen(x) / alphas[i + 1]))
+            fitted = least_squares(seen, aim - self.seen(x) / alphas[i + 1])
+            weights.append(fitted.nan_to_num(0.0, 0.0, 0.0))  # where predictions are not finite, as where the run ends
             x = x + (alphas[i + 1] * differences_of(history, weights[-1])).to(x.dtype)
         return torch.cat(weights), _Run(x, states, kept)
 
-    def rounds(self, here: Tensor, run: _Run, evaluations: int) -> tuple[Tensor, _Run, float]:
-        """Rounds of Levenberg and Marquardt, from parameters and their run, while another one can be afforded and something is gained;
-        and what the fit makes least."""
+    def rounds(self, gaps: Tensor, evaluations: int) -> tuple[Tensor, Tensor, float]:
+        """Rounds of Levenberg and Marquardt, from these of the gaps, while another one can be afforded and something is gained: the
+        parameters, where their run ends, and what the fit makes least. The run itself, two samples a step, is not kept."""
         count, family = len(self.fitted), self.family
         turns = min(max(1, round(count / WITH_DERIVATIVES)), TURNS)
+        here, run = self.start(gaps)
         left, error = self.residuals(run, here)
         jacobian = torch.zeros(*left.shape, family.size, dtype=torch.float64, device=CPU)
         known = torch.zeros(count, dtype=torch.bool, device=CPU)
@@ -452,7 +474,7 @@ class _Fit:
             elif ratio < POOR:
                 damping = max(damping, WORTH_DAMPING) * DAMPED_MORE
             turn += 1
-        return here, run, error
+        return here, run.end, error
 
     def derivatives(self, here: Tensor, run: _Run, left: Tensor, some: Tensor) -> Tensor:
         """Of what is left of some samples, [some, levels, m, size], by differences; a run goes on from the step that a parameter changes."""
@@ -469,9 +491,9 @@ class _Fit:
 
     def report(self, better: bool, uncalibrated: tuple[Tensor, Tensor], fitted: tuple[Tensor, Tensor]) -> CalibrationReport:
         """By where the runs of the two plans end, of the starts fitted and of those held back."""
-        paths = (self.path, self.path_held_back)
-        before, held_before = map(self.errors, uncalibrated, paths)
-        after, held_after = map(self.errors, fitted, paths)
+        pilot = self.parted(self.pilot_end)
+        before, held_before = map(self.errors, uncalibrated, pilot)
+        after, held_after = map(self.errors, fitted, pilot)
         return CalibrationReport(
             calibrated=better,
             error_before=before.mean().item(),
@@ -480,7 +502,7 @@ class _Fit:
             held_back_after=held_after.mean().item(),
             median_before=held_before.quantile(0.5).item(),
             median_after=held_after.quantile(0.5).item(),
-            variance=(self.ends(torch.cat(fitted)) / self.sharp).var(0, correction=0).mean().item() / self.variance,
+            variance=self.results(torch.cat(fitted)).var(0, correction=0).mean().item() / self.variance,
             evaluations=self.runs.spent / len(self.runs.x),
             starts=(len(self.fitted), len(self.held_back)),
         )

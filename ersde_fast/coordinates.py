@@ -35,13 +35,15 @@ class Coordinates:
         fineness = torch.hypot(down[:, None], across) + 0.5 / max(self.grid)
         alone, alone_across = down % 0.5 == 0, across % 0.5 == 0  # frequencies that are their own conjugates: real
         parts = torch.stack([torch.ones_like(fineness), (~(alone[:, None] & alone_across)).double()], dim=2)
-        chances = (parts / fineness[..., None]).expand(math.prod(shape) // math.prod(self.grid), -1, -1, -1).flatten()
-        if chances.count_nonzero() > wanted:
+        grids = math.prod(shape) // math.prod(self.grid)
+        chances = (parts / fineness[..., None]).flatten()
+        if chances.count_nonzero() > (each := wanted / grids):
             for _ in range(SETTLING):
-                chances = (chances * (wanted / chances.sum())).clamp(max=1)
+                chances = (chances * (each / chances.sum())).clamp(max=1)
         else:
             chances = chances.sign()
-        drawn = torch.rand(len(chances), generator=torch.Generator(CPU).manual_seed(0), device=CPU)
+        chances = chances.expand(grids, -1).flatten()
+        drawn = torch.rand(len(chances), generator=torch.Generator(CPU).manual_seed(0), dtype=torch.float32, device=CPU)
         places = (drawn < chances).nonzero()[:, 0]
         self.places, self.frequencies = places.to(device), places // 2 % fineness.numel()
         there = (
@@ -63,7 +65,10 @@ class Coordinates:
     def _spectrum(self, samples: Tensor) -> Tensor:
         """[n, grids, height, width // 2 + 1], complex."""
         grids = (samples.mT if self.moved else samples).reshape(len(samples), -1, *self.grid)
-        return torch.fft.rfft2(grids if grids.dtype == torch.float64 else grids.float(), norm="ortho")
+        grids = grids if grids.dtype == torch.float64 else grids.float()
+        if self.grid == (1, 1):  # of which a transform is itself, at the price of a transform for each number
+            return torch.complex(grids, torch.zeros_like(grids))
+        return torch.fft.rfft2(grids, norm="ortho")
 
 
 def sharpness(variances: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ ALPHAS, NOISE_LEVELS = (1 - SIGMAS / 10).sqrt(), (SIGMAS / 10).sqrt()
 PLAN = er_sde_plan(LEVELS, order=3)
 STACK = ersde_fast.stack_plans([PLAN, er_sde_plan(FLOW, process="flow", order=2)])
 X, OUTPUT, *HISTORY = torch.randn(5, 2, 3, 8, generator=torch.Generator().manual_seed(0)).unbind()
+PICTURES = 9 * torch.randn(4, 2, 128, 128, generator=torch.Generator().manual_seed(1))  # of which a calibration sees a part
 STEP, STEPS = torch.tensor(4), (torch.tensor([0, 1]), torch.tensor([4, 2]))
 PAIRS, SCALES = torch.tensor([[7, 1], [8, 2]]), torch.tensor([2.0, 5.0], dtype=torch.float64)
 SPLIT = []  # X and HISTORY as DTensors
@@ -180,6 +181,7 @@ CASES = {
         for source in (dict(seed=5), dict(generator=generator()), dict(noise_sampler=lambda *_: OUTPUT))
     ],
     "place_sigmas": lambda: ersde_fast.place_sigmas(model, X, LEVELS, 5),
+    "calibrate_plan": lambda: ersde_fast.calibrate_plan(model, PICTURES, 2, LEVELS, evaluations=20, disable=True),
     "karras_sigmas": lambda: [edm.karras_sigmas(9), edm.karras_sigmas(9, round_sigma=torch.round)],
     "er_sde_sampler": lambda: edm.er_sde_sampler(Net(), X[..., None], num_steps=5, seed=3),
     "edm.generate": lambda: list(edm.generate(Net(), range(3), 2, num_steps=5, progress=False)),

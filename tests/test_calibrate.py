@@ -1,5 +1,7 @@
 """Calibrated plans: what they gain where the truth is known, what of them is analytic, what they cost, and what is refused."""
 
+import gc
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import dropout, one_hot
 
-from ersde_fast import Plan, calibrate_plan, coordinates, er_sde_plan, place_sigmas, sample_er_sde
+from ersde_fast import Plan, calibrate, calibrate_plan, coordinates, er_sde_plan, place_sigmas, sample_er_sde
 from ersde_fast.calibrate import _Fit
 from ersde_fast.coordinates import Coordinates
 from ersde_fast.graph import SamplingGraph
@@ -163,6 +165,35 @@ def test_the_report_counts_every_evaluation():
     assert calibrated(evaluations=24 + 3 * 5).report.evaluations <= 24 + 3 * 5
 
 
+@pytest.mark.parametrize("process", ["ve", "vp"])
+def test_the_report_is_of_the_samples_themselves(process, monkeypatch):
+    """In variances of all their numbers, also where the fit looks at few of their frequencies, and where alpha is not 1 at the end."""
+    monkeypatch.setattr(calibrate, "NUMBERS", 64)
+    monkeypatch.setattr(calibrate, "LEAST_NUMBERS", 4)
+    levels = er_sde_plan(PILOT[:-1]).er_lambdas
+    alphas = torch.rsqrt(1 + levels**2) if process == "vp" else torch.ones_like(levels)
+
+    def of(x, sigma):
+        return (scaled("vp") if process == "vp" else model)(x.flatten(1), sigma).view_as(x)
+
+    x, sigmas = starts().view(16, 1, 2, 3) * alphas[0], levels * alphas
+    made = calibrated(of=of, x=x, sigmas=sigmas, process=process, evaluations=60)
+    pilot = er_sde_plan(sigmas, process=process, order=3, method="newton", noise_scaler="ode")
+    exact, results = (sample_plan(plan, of, x, disable=True) for plan in (pilot, made))
+    variance = exact.var(0, correction=0).mean()
+    errors, held = (results - exact).square().flatten(1).mean(1) / variance, torch.arange(16) % 4 == 3
+    expected = (
+        errors[~held].mean(),
+        errors[held].mean(),
+        errors[held].quantile(0.5),
+        results.var(0, correction=0).mean() / variance,
+    )
+    report = made.report
+    assert report.calibrated
+    found = report.error_after, report.held_back_after, report.median_after, report.variance
+    assert found == pytest.approx(torch.stack(expected).tolist(), rel=1e-6)
+
+
 def test_the_report_as_text(plan):
     first, errors, variance = str(plan.report).splitlines()
     assert first.startswith("calibrated: 12 starts fitted, 4 held back") and "evaluations a start" in first
@@ -228,6 +259,18 @@ def test_half_way_where_the_whole_is_refused(plan, monkeypatch):
     torch.testing.assert_close(half_added, added / 2, rtol=0, atol=1e-12)
     assert half.report.calibrated and plan.report.evaluations + 5 == half.report.evaluations <= 200
     assert half.report.error_after > plan.report.error_after
+
+
+def test_half_way_is_refused_where_a_start_that_was_fitted_is_not_finite(monkeypatch):
+    answers = iter([False, True])
+    monkeypatch.setattr(_Fit, "is_better", lambda *_: next(answers))
+    placed = place_sigmas(model, starts(), PILOT, 5)
+
+    def of(x, sigma):
+        is_half = len(x) == 16 and (torch.cat([PILOT, placed]) - sigma[0].item()).abs().min() > 1e-6 * sigma[0]
+        return torch.where(torch.arange(len(x))[:, None] == 1, math.nan if is_half else 1.0, 1.0) * model(x, sigma)
+
+    assert not calibrated(of=of).report.calibrated
 
 
 def scaled(process):
@@ -345,6 +388,34 @@ def test_trials_that_are_not_finite_are_not_taken():
     assert not ((plan.sigmas > 1.0) & (plan.sigmas < 1.2)).any()
 
 
+def test_first_weights_that_are_not_finite_are_not_taken():
+    """Where the run on which they are fitted meets levels at which one of the starts has no finite prediction."""
+    known = torch.cat([PILOT, place_sigmas(model, starts(), PILOT, 5)])
+    bad = torch.ones(12, 1, dtype=torch.float64)
+    bad[5] = math.nan
+
+    def of(x, sigma):
+        is_known = len(x) != 12 or (known - sigma[0].item()).abs().min() < 1e-6 * sigma[0]
+        return model(x, sigma) if is_known else model(x, sigma) * bad
+
+    assert math.isfinite(calibrated(of=of).report.error_after)
+
+
+def test_of_long_runs_only_what_is_needed_is_kept():
+    """While a plan is tried: its run, the one tried before, the one from which derivatives are taken, and where others began and ended."""
+    shape, alive, calls = (1, 2, 3), [], itertools.count()
+
+    def of(x, sigma):
+        if len(x) == 12 and next(calls) % 5 == 0:
+            tensors = (value for value in gc.get_objects() if type(value) is torch.Tensor and value.shape[1:] == shape)
+            alive.append(sum(map(len, tensors)))
+        return model(x.flatten(1), sigma).view_as(x)
+
+    calibrated(8, of=of, x=starts().view(16, *shape), evaluations=150)
+    run, ends = 2 * 8 * 12, 6 * 16
+    assert run < max(alive) <= 3 * run + ends
+
+
 def test_the_generator_and_the_starts_are_left_alone():
     x, state = starts(), torch.get_rng_state()
     calibrated(x=x, evaluations=60)
@@ -414,6 +485,8 @@ BAD = {
     },
     "got 4 of 16 that are not, where the 5 steps end that the fit begins with, of sigmas 40, ": {"of": nan_off_the_pilot},
     "model must give results that differ": {"of": lambda x, sigma: torch.zeros_like(x) + sigma[0].sin()},
+    "model must give results that differ between starts, got the variance": {"x": starts(1).float().expand(13, SIZE)},
+    r"x must be a float tensor .* with numbers, got torch.float64 \(16, 0\)": {"x": starts()[:, :0]},
 }
 
 

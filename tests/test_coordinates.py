@@ -42,6 +42,17 @@ def test_without_neighbours_they_are_the_numbers():
     assert torch.equal(sharpness(Coordinates((7,), ALL, CPU).variances(x)), torch.ones(7, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("shape", [(7,), (3, 1, 1)], ids=str)
+def test_what_has_no_neighbours_is_not_transformed(shape, monkeypatch):
+    """A transform of every single number is 20 times the time of all the rest."""
+    coordinates, x = Coordinates(shape, ALL, CPU), samples(shape, dtype=torch.float32)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.fft, "rfft2", None)
+        seen, variances = coordinates.of(x), coordinates.variances(x)
+    assert torch.equal(seen, x.double().flatten(1))
+    torch.testing.assert_close(variances.mean(), seen.var(0, correction=0).mean())
+
+
 def test_a_sequence_may_lie_along_either_axis():
     x = samples((9, 3))
     along, across = (Coordinates(shape, ALL, CPU).of(v) for shape, v in (((9, 3), x), ((3, 9), x.mT)))
