@@ -55,10 +55,8 @@ from .step import fast_step
 HELD_BACK = 4  # one start of so many
 WITH_DERIVATIVES = 4  # samples a round whose derivatives are measured, at least
 TURNS = 4  # rounds until all have had theirs, at most
-NUMBERS, LEAST_NUMBERS = (
-    2**16,
-    256,
-)  # of all samples together, and of one, on which the fit looks: fits to 64 differ by the draw
+NUMBERS = 2**16  # of all samples together, on which the fit looks
+LEAST_NUMBERS = 256  # of one sample: plans fitted to 64 differ by which they are
 DIFFERENCE = 0.05  # of a parameter, for a derivative: large enough for networks in half precision
 SHORTENED = (1.0, 0.8, 0.6)  # what the gaps of the placed levels are multiplied by, where the search on the path begins
 WATERSHED = 0.03  # the error, in variances, from which on a result counts ever less: it is another sample than the pilot's

@@ -437,7 +437,7 @@ def calibration_worse(results: dict) -> str:
         if beside := results.get(f"{problem}, placed | {sampler} | {n} | {seed}"):
             found.setdefault(problem, []).append(cell["frechet"] / beside["frechet"])
     rows = []
-    for problem, ratios in found.items():
+    for problem, ratios in sorted(found.items()):
         worse = [ratio for ratio in ratios if ratio > 1]
         rows.append([problem, str(len(ratios)), str(len(worse) or "none"), f"{max(worse) - 1:.0%}" if worse else ""])
     return markdown(["", "cells", "worse", "by at most"], rows)
