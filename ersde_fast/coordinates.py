@@ -46,9 +46,8 @@ class Coordinates:
         drawn = torch.rand(len(chances), generator=torch.Generator(CPU).manual_seed(0), dtype=torch.float32, device=CPU)
         places = (drawn < chances).nonzero()[:, 0]
         self.places, self.frequencies = places.to(device), places // 2 % fineness.numel()
-        there = (
-            torch.where(alone_across, 1.0, 2.0).double().expand_as(fineness).flatten()
-        )  # with the conjugate, which is left out
+        there = torch.where(alone_across, 1.0, 2.0).double()  # with its conjugate, which is left out
+        there = there.expand_as(fineness).flatten()
         self.weights = (there[self.frequencies] / chances[places]).sqrt()
 
     def of(self, samples: Tensor) -> Tensor:
