@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .noise import Portable, Seed, TorchStream, has_values, seed_table
+from .noise import Portable, Seed, TorchStream, seed_table
 from .plan import Plan
 from .predictions import PREDICTION_TYPES
 from .request import OutputArguments, StepRequest, model_output
 from .sample import evaluate, levels_of, with_newest
 from .step import fast_step, step_of
 from .table import P_X
+from .tracing import has_values
 
 
 class _Captured:

@@ -11,7 +11,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from .backends import CPU, CUDA
 from .backends.compiled import Compiled
-from .backends.library import SEGMENT, is_unwatched
+from .backends.library import SEGMENT
 from .noise import float64_device
 from .plan import Plan, PlanStack
 from .reference import guided_factors, input_weights, linear_combination, per_sample, row_of_request
@@ -25,6 +25,7 @@ from .request import (
     known_row,
     known_rows,
 )
+from .tracing import is_unwatched
 
 Reduction = Literal["sum", "mean"]
 LANES = 1024  # of csrc/er_sde_step.h

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _is_tracing, _len_torch_dispatch_stack
+
+from .tracing import has_values
 
 WORD = 0xFFFFFFFF
 MAX_POSITIONS = 2**42  # elements of a sample: 40 bits of the counter hold the group
@@ -134,27 +135,6 @@ def _pairs(seed: Tensor, batch: int) -> Tensor:
             f"seed must be [], [{batch}] or [{batch}, 2], one for each sample of the batch, got {tuple(seed.shape)}"
         )
     return seed
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether Python may look at the numbers: they are on the host, and no transform or tracer stands before them."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    plain = tensor.is_cpu and type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return plain and not _is_traced(tensor)
-
-
-def _is_traced(tensor: Tensor) -> bool:
-    """Whether a tracer follows a tensor that holds numbers, which in its trace are none: what is read now would stay in it."""
-    if _is_tracing():  # TorchScript
-        return True
-    if _len_torch_dispatch_stack() == 0 and not _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch):
-        return False
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot  # a tracer has imported it
-
-    mode = get_proxy_mode()
-    held = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
-    return held is not None and held.constant is None  # what was made within the trace of numbers alone is a constant of it
 
 
 def seeds_of(seed, x: Tensor) -> Tensor:

@@ -12,18 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _is_tracing
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backends import choose
 from .noise import Portable, TorchStream, float64_device, seed_table
 from .reference import fake_as, guided_factors, input_weights, look_up, per_sample, table_for
 from .request import ModelOutput, StepRequest
 from .table import W_D, W_NOISE, W_X, Row, Table
-
-TRACED = ("FakeTensor", "FunctionalTensor")  # types that stand for plain tensors while torch traces
+from .tracing import is_stand_in, is_traced, is_wrapped
 
 SCHEMA = (
     "(Tensor table, Tensor? plan_index, Tensor step_index, Tensor x, Tensor[] history, Tensor? noise, Tensor? seeds, "
@@ -40,14 +37,14 @@ STEP_FROM_OUTPUT = torch.ops.ersde_fast.step_from_output.default
 
 def why_operator(request: StepRequest) -> str | None:
     """Why the step has to go through the dispatcher, if it has to; tensors of types that no kernel knows do not go there."""
-    if not all(type(t) in (Tensor, torch.nn.Parameter) or type(t).__name__ in TRACED for t in request.tensors):
+    if not all(type(t) in (Tensor, torch.nn.Parameter) or is_stand_in(t) for t in request.tensors):
         return None
     tensors = [*request.tensors, *request.numbers]
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+    if any(map(is_wrapped, tensors)):
         return "an input is wrapped by a function transform"
     if any(map(_is_differentiated, tensors)):
         return "an input requires a gradient or carries a tangent"
-    if is_in_torch_dispatch_mode() or _is_tracing() or any(type(t).__name__ in TRACED for t in tensors):
+    if is_traced() or any(map(is_stand_in, tensors)):
         return "it is being traced"
     return None
 

@@ -26,7 +26,8 @@ from .choice import NODE_SCALE, ORDER, UNTOLD
 from .levels import CPU, Levels, Process, checked_levels, level_arguments, on_host, real_tensor
 from .noise_scaler import AnyNoiseScaler, NoiseScaler, get_noise_scaler, nonnegative
 from .report import CalibrationReport
-from .table import COUNTER, P_M, W_D, W_NOISE, W_X, Row, Table, numbers_of
+from .table import COUNTER, P_M, W_D, W_NOISE, W_X, Row, Table
+from .tracing import numbers_of
 from .weights import Eta, Method, PlanOptions, each_eta, fill_weights
 
 MAX_ORDER: dict[Method, int] = {"taylor": 3, "newton": 5}

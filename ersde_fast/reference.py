@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .noise import Portable, float64_device, has_values, seeds_of, specified_noise
-from .table import Row, numbers_of
+from .noise import Portable, float64_device, seeds_of, specified_noise
+from .table import Row
+from .tracing import has_values, numbers_of
 
 if TYPE_CHECKING:
     from .request import ModelOutput, StepRequest

@@ -17,12 +17,12 @@ from .noise import (
     TorchStream,
     check_torch_layout,
     float64_device,
-    has_values,
     seeds_of,
 )
 from .plan import Plan, PlanStack
 from .predictions import PREDICTION_TYPES
-from .table import Row, Table, numbers_of
+from .table import Row, Table
+from .tracing import has_values, numbers_of
 
 StepIndex = int | Tensor | tuple[Tensor, Tensor]
 Guidance = tuple[Tensor, float | Tensor]

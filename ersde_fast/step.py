@@ -124,12 +124,13 @@ def fast_step(
             return result
 
     more: dict[str, Any] = {}
-    if whole and return_log_prob:
-        more = {"reduction": log_prob_reduction}
-    elif not whole and not return_log_prob and log_prob_reduction == "sum" and torch_layout is None and isinstance(x, Tensor):
-        check_shard(x, seeds, global_shape, global_start)
-        more = {"global_shape": global_shape, "global_start": global_start}
-    if more and out is None and backend is None:
+    if out is None and backend is None and torch_layout is None:
+        if whole and return_log_prob:
+            more = {"reduction": log_prob_reduction}
+        elif not whole and not return_log_prob and log_prob_reduction == "sum" and isinstance(x, Tensor):
+            check_shard(x, seeds, global_shape, global_start)
+            more = {"global_shape": global_shape, "global_start": global_start}
+    if more:
         result = _plain_with(more, plan, i, x, history, (noise, generator, seeds), (prediction_type, guidance, cfg_pp))
         if result is not None:
             return result

@@ -1,34 +1,19 @@
 """The table of a plan: what a row of it holds and where, and a row as Python numbers. csrc/er_sde_step.h has the same columns."""
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .noise import float64_device
 from .predictions import PREDICTION_TYPES, Factors, factors_of
+from .tracing import without_tracers
 
 # What every row holds, and then w_d[0] ... w_d[order - 1].
 COUNTER, P_X, P_M, W_GUIDE, W_NOISE, W_X, W_D = range(7)
-
-
-@contextmanager
-def without_tracers():
-    """No tracer, transform or inference mode may come between: for what a plan keeps, which later steps have too, and for numbers that
-    the host knows."""
-    with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
-        yield
-
-
-def numbers_of(tensor: Tensor, index=...) -> Any:
-    """Its values, or those at an index, as numbers and lists of them: a tracer would take the look-up down, and give symbols."""
-    with without_tracers():
-        return tensor[index].tolist()
 
 
 class Row(NamedTuple):

@@ -67,6 +67,14 @@ def test_a_sample_belongs_to_its_seed(tmp_path, batch_size):
     assert torch.equal(load_samples(tmp_path / "out", [-1]), expected([2**64 - 1]))
 
 
+def test_whole_numbers_of_numpy_are_those_of_python(tmp_path):
+    """The run is the same one, so that nothing is computed again."""
+    seeds, shape = [np.int64(-1), np.uint64(2**63), np.int32(4)], tuple(np.array(SHAPE))
+    generate(model, PLAN, seeds, shape, tmp_path, np.int64(2), progress=False)
+    generate(lambda x, sigma: 1 / 0, PLAN, [2**64 - 1, 2**63, 4], SHAPE, tmp_path, progress=False)
+    assert torch.equal(load_samples(tmp_path), expected([2**64 - 1, 2**63, 4]))
+
+
 def test_more_seeds_later_and_nothing_twice(tmp_path):
     calls = []
 
@@ -323,8 +331,10 @@ def test_a_full_disk(tmp_path, monkeypatch):
         (dict(seeds=[1, 2.5]), TypeError, "seeds must be a list or range"),
         (dict(seeds=[1, 3, 1]), ValueError, "seeds must differ .* got 1 twice"),
         (dict(seeds=[-1, 2**64 - 1]), ValueError, "seeds must differ"),
+        (dict(seeds=[2, True]), TypeError, "seeds must be a list or range of at least one whole number, got True"),
         (dict(shape=(3, 0)), ValueError, "shape must hold the positive sizes"),
         (dict(batch_size=0), ValueError, "batch_size must be a whole number of at least 1, got 0"),
+        (dict(batch_size=np.float64(2)), ValueError, "batch_size must be a whole number of at least 1"),
         (dict(dtype=torch.int32), TypeError, "dtype must be float32"),
         (dict(transform=lambda x: x[:1]), ValueError, "transform must return one result a sample, 4, got 1"),
         (
@@ -352,6 +362,8 @@ def test_seeds_to_load_are_whole(tmp_path):
     generate(model, PLAN, range(2), SHAPE, tmp_path, progress=False)
     with pytest.raises(TypeError, match=r"seeds must be whole numbers, got \[1.7\]"):
         load_samples(tmp_path, [1.7])
+    with pytest.raises(TypeError, match=r"seeds must be whole numbers, got \[False, True\]"):
+        load_samples(tmp_path, [False, True])
     assert torch.equal(load_samples(tmp_path, np.array([1])), load_samples(tmp_path)[1:])
 
 

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _is_tracing, _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import _profiler_enabled, forward_ad
+from torch.autograd import _profiler_enabled
 from torch.autograd.profiler import record_function
 
 from ..table import COUNTER, W_D, W_NOISE
+from ..tracing import is_unwatched
 from .base import FLOATS
 
 VERSION = 2  # of csrc/er_sde_c.h
@@ -43,7 +42,6 @@ GRAIN = 32768  # elements a thread takes at least: below, waking it costs more t
 SEGMENT = 1024  # of csrc/er_sde_step.h
 NUMBER = {dtype: number for number, dtype in enumerate(FLOATS)}
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
-PRE_DISPATCH = DispatchKey.PreDispatch
 requires_grad = attrgetter("requires_grad")
 NAME = {"win32": "_kernels.dll", "darwin": "_kernels.dylib"}.get(sys.platform, "_kernels.so")
 REINSTALL = "reinstall ersde-fast"
@@ -364,17 +362,6 @@ def packed(*words: int) -> bytes:
 def signed(word: int) -> int:
     """64 bits as a signed number."""
     return word if 0 <= word < 2**63 else (word + 2**63 & MASK) - 2**63
-
-
-def is_unwatched() -> bool:
-    """Whether no mode, transform or tracer wants to see operators, and no tangent is carried."""
-    return (
-        _len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
-        and peek_interpreter_stack() is None
-        and not _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
-        and not _is_tracing()
-    )
 
 
 def _rows(table: Tensor, i, x: Tensor, ring: Tensor | None) -> tuple[int, ...]:

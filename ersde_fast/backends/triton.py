@@ -14,8 +14,9 @@ from torch import Tensor
 from ..noise import Portable, TorchStream
 from ..reference import portable_noise_of
 from ..table import W_D, W_NOISE
+from ..tracing import is_unwatched
 from .base import FLOATS, MAX_DIMS, Backend, refuses_tensors
-from .library import PLAIN, NotPlain, check_generator, is_scale, is_unwatched
+from .library import PLAIN, NotPlain, check_generator, is_scale
 
 ROWS = [ctypes.c_double * columns for columns in range(W_D + 6)]  # by their length
 

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ..noise import seed_table
 from ..plan import Plan
 from ..request import inside
 from ..sample import Output, Source, sample_plan
+from ..schedules import is_whole
 
 INDEX = "index.json"
 
@@ -134,7 +134,7 @@ def load_samples(out_dir: str | os.PathLike, seeds: Sequence[int] | None = None)
         order = index["seeds"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} is damaged: delete it and call generate again ({error})") from None
-    if seeds is not None and not all(isinstance(seed, Integral) for seed in seeds):
+    if seeds is not None and not all(map(is_whole, seeds)):
         raise TypeError(f"seeds must be whole numbers, got {seeds!r}")
     wanted = order if seeds is None else [int(seed) % 2**64 for seed in seeds]
     if lacking := [seed for seed in wanted if seed not in place]:
@@ -149,26 +149,22 @@ def _check(plan, seeds, shape, batch_size, dtype) -> tuple[list[int], tuple[int,
     wanted = "seeds must be a list or range of at least one whole number"
     if not isinstance(seeds, Sequence) or isinstance(seeds, str):
         remedy = ": use seeds.tolist()" if hasattr(seeds, "tolist") else ""
-        got = f"{seeds}: write range({seeds})" if _is_whole(seeds) else f"{type(seeds).__name__}{remedy}"
+        got = f"{seeds}: write range({seeds})" if is_whole(seeds) else f"{type(seeds).__name__}{remedy}"
         raise TypeError(f"{wanted}, got {got}")
     seeds = list(seeds)
-    if not seeds or not all(map(_is_whole, seeds)):
-        raise TypeError(f"{wanted}, got {next((seed for seed in seeds if not _is_whole(seed)), seeds)!r}")
-    seeds = [seed % 2**64 for seed in seeds]
+    if not seeds or not all(map(is_whole, seeds)):
+        raise TypeError(f"{wanted}, got {next((seed for seed in seeds if not is_whole(seed)), seeds)!r}")
+    seeds = [int(seed) % 2**64 for seed in seeds]
     if len(set(seeds)) < len(seeds):
         twice = next(seed for k, seed in enumerate(seeds) if seed in seeds[:k])
         raise ValueError(f"seeds must differ (mod 2^64), got {twice} twice")
-    if not isinstance(shape, Sequence) or not all(_is_whole(n) and n > 0 for n in shape):
+    if not isinstance(shape, Sequence) or not all(is_whole(n) and n > 0 for n in shape):
         raise ValueError(f"shape must hold the positive sizes of one sample, got {shape!r}")
-    if not _is_whole(batch_size) or batch_size < 1:
+    if not is_whole(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
-    return seeds, tuple(shape)
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return seeds, tuple(map(int, shape))  # a run's fingerprint takes Python's numbers
 
 
 def _processes() -> tuple[int, int, dist.ProcessGroup | None]:
