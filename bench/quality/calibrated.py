@@ -165,8 +165,9 @@ def network_cells(device: str):
 
     for name, counts in NETWORK_STARTS.items():
         for n, count, pilot, kind, seed in itertools.product(FEW, counts, PILOTS, KINDS, cells.SEEDS):
-            key = f"{name}, {count} starts | {name_of(pilot, kind)} | {n} | {seed}"
-            yield key, functools.partial(cell, name, count, pilot, n, kind, seed)
+            of = f"{name}, {count} starts"
+            measure = functools.partial(cell, name, count, pilot, n, kind, seed)
+            yield guidance.Cell(f"{of} | {name_of(pilot, kind)} | {n} | {seed}", measure, f"{of}, {n}")
 
 
 def of_network(of, device: str, count: int, pilot: int, n: int, kind: str) -> Plan:
@@ -202,8 +203,9 @@ def guided_network_cells(device: str):
     for name, scales in GUIDED_NETWORKS.items():
         for scale, n, kind, pilot in itertools.product(scales, FEW, KINDS, (None, *PILOTS)):
             on, sampler = (guidance.PLACED, TOLD[kind]) if pilot is None else ("64 starts", name_of(pilot, kind))
-            of = functools.partial(measure_guided_network, name, device, scale, n, kind, pilot)
-            yield f"{name}, guidance {scale:g}, {on} | {sampler} | {n} | 0", of
+            of = f"{name}, guidance {scale:g}"
+            measure = functools.partial(measure_guided_network, name, device, scale, n, kind, pilot)
+            yield guidance.Cell(f"{of}, {on} | {sampler} | {n} | 0", measure, f"{of}, {n}")
 
 
 def paired_cells(device: str):

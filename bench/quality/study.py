@@ -3,6 +3,7 @@
 make quality                                                   # measures what bench/quality/results.json lacks, writes the pages
 python bench/quality/study.py --quick                          # a few cells, kept nowhere
 python bench/quality/study.py --take networks --shard 0/2 --seconds 560 --out part0.json     # one GPU of two, stopped in time
+python bench/quality/study.py --take calibrated_networks calibrated_guided --shard 0/18 --out part0.json    # of processes beside it
 python bench/quality/study.py --merge part0.json part1.json    # puts such parts into results.json and writes the pages
 python bench/quality/study.py --again default told             # measures these samplers anew
 """
