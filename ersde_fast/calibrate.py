@@ -355,7 +355,7 @@ class _Fit:
         return parameters, self.report(better, before, after)
 
     def uncalibrated(self, nothing: Tensor, everyone: Tensor) -> tuple[tuple[Tensor, Tensor], float, Tensor]:
-        """Where the plan ends that the fit begins with, as `parted`; what the fit makes least, of it; the losses of the starts held back."""
+        """Where the plan ends that the fit begins with, of the starts fitted and held back; what the fit makes least, of it; the losses of the starts held back."""
         run = self.runs.follow(self.family.plan(nothing), everyone)
         levels = ", ".join(f"{sigma:.3g}" for sigma in self.family.sigmas.tolist())
         few = f"where the {self.num_steps} steps end that the fit begins with, of sigmas {levels}, though the pilot is finite"
@@ -363,7 +363,7 @@ class _Fit:
         fitted, held_back = run.of(self.fitted), run.of(self.held_back)
         self.check_repeated(fitted.denoised[0])
         losses = self.losses(self.left(held_back, nothing, self.path_held_back))
-        return self.parted(run.end), self.residuals(fitted, nothing)[1], losses
+        return (fitted.end, held_back.end), self.residuals(fitted, nothing)[1], losses
 
     def parted(self, end: Tensor) -> tuple[Tensor, Tensor]:
         """Results of the starts fitted, and of those held back."""
@@ -376,7 +376,10 @@ class _Fit:
 
     def check_repeated(self, denoised: Tensor) -> None:
         """Raises where the first predictions of the starts fitted are not those of the pilot, which has the same first level."""
-        difference = ((self.seen(denoised) - self.path.first) / self.sharp).square().mean().item() / self.variance
+        spread = (
+            (self.path.end / self.sharp).var(0, correction=0).mean()
+        )  # of the same coordinates, of which fine ones may stand for many
+        difference = (((self.seen(denoised) - self.path.first) / self.sharp).square().mean() / spread).item()
         if not difference <= REPEATED:
             raise ValueError(
                 f"model must return the same for the same sample, got predictions {difference:.2g} variances apart at the first of "
@@ -423,14 +426,15 @@ class _Fit:
         x, weights = self.runs.x[self.fitted.to(self.runs.x.device)], [gaps]
         sigmas = levels_of(plan, x)
         history: list[Tensor] = []
+        seen: list[Tensor] = []
         states, kept = [], []
         for i in range(self.num_steps):
             history = with_newest(self.runs.predict(plan, i, sigmas[i], x, self.fitted), history, plan)
+            seen = with_newest(self.seen(history[0]), seen, plan)
             states.append(x)
             kept.append(history[0])
             x = fast_step(plan, i, x, history)
             aim = path.at(er_lambdas[i + 1])[0] if er_lambdas[i + 1] > 0 else path.end
-            seen = [self.seen(denoised) for denoised in history]
             fitted = least_squares(seen, aim - self.seen(x) / alphas[i + 1])
             weights.append(fitted.nan_to_num(0.0, 0.0, 0.0))  # where predictions are not finite, as where the run ends
             x = x + (alphas[i + 1] * differences_of(history, weights[-1])).to(x.dtype)

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -101,6 +102,26 @@ def test_what_is_fine_counts_too(monkeypatch):
         whole_errors.append(errors.sum(1).quantile(0.5))
         fine_errors.append(errors[:, fine].sum(1).quantile(0.5))
     assert fine_errors[1] < 0.5 * fine_errors[0] and whole_errors[1] < whole_errors[0]
+
+
+@pytest.mark.parametrize(("part", "refused"), [(1e-3, False), (4e-3, True)])
+def test_rounding_is_told_from_chance_by_the_samples_variance(part, refused, monkeypatch):
+    """By as much where the fit looks at a tenth of the numbers: the second time each prediction has noise of that part of the variance."""
+    monkeypatch.setattr(calibrate, "NUMBERS", 16 * 60)
+    monkeypatch.setattr(calibrate, "LEAST_NUMBERS", 60)
+    first, size = [], 600
+    g = torch.Generator().manual_seed(0)
+
+    def of(x, sigma):
+        denoised = 0.25 / (0.25 + sigma[0] ** 2) * x
+        if sigma[0] == PILOT[0]:
+            denoised = denoised + (part * 0.25) ** 0.5 * torch.randn(x.shape, dtype=x.dtype, generator=g) if first else denoised
+            first.append(1)
+        return denoised
+
+    x = 40 * torch.randn(16, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="model must return the same for the same sample") if refused else nullcontext():
+        calibrated(of=of, x=x, evaluations=60)
 
 
 def test_frequencies_that_no_result_has():
