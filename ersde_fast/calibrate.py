@@ -355,7 +355,8 @@ class _Fit:
         return parameters, self.report(better, before, after)
 
     def uncalibrated(self, nothing: Tensor, everyone: Tensor) -> tuple[tuple[Tensor, Tensor], float, Tensor]:
-        """Where the plan ends that the fit begins with, of the starts fitted and held back; what the fit makes least, of it; the losses of the starts held back."""
+        """Of the plan that the fit begins with: where it ends, of the starts fitted and of those held back; what the fit makes least; and the
+        losses of the starts held back."""
         run = self.runs.follow(self.family.plan(nothing), everyone)
         levels = ", ".join(f"{sigma:.3g}" for sigma in self.family.sigmas.tolist())
         few = f"where the {self.num_steps} steps end that the fit begins with, of sigmas {levels}, though the pilot is finite"
@@ -376,9 +377,8 @@ class _Fit:
 
     def check_repeated(self, denoised: Tensor) -> None:
         """Raises where the first predictions of the starts fitted are not those of the pilot, which has the same first level."""
-        spread = (
-            (self.path.end / self.sharp).var(0, correction=0).mean()
-        )  # of the same coordinates, of which fine ones may stand for many
+        # Of the same coordinates: where some are left out, the others count for more.
+        spread = (self.path.end / self.sharp).var(0, correction=0).mean()
         difference = (((self.seen(denoised) - self.path.first) / self.sharp).square().mean() / spread).item()
         if not difference <= REPEATED:
             raise ValueError(

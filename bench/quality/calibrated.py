@@ -11,7 +11,7 @@ import cells
 import guidance
 from ersde_fast import Plan, calibrate_plan, sample_er_sde
 from ersde_fast.schedules import karras_sigmas
-from problems import Mixture, data_std, digits_mixture
+from problems import Mixture, as_model, data_std, digits_mixture
 from samplers import contenders, limit_of, under_guidance
 
 STARTS = (16, 64)
@@ -35,8 +35,7 @@ def run_of(plan: Plan):
 
     def run(denoise, x, sigmas, noise):
         draws = iter(range(plan.num_steps))
-        of = lambda x, sigma: denoise(x, sigma[0].item())  # noqa: E731
-        return sample_er_sde(of, x, plan=plan, noise_sampler=lambda *_: noise(next(draws)), disable=True)
+        return sample_er_sde(as_model(denoise), x, plan=plan, noise_sampler=lambda *_: noise(next(draws)), disable=True)
 
     return run
 
@@ -59,8 +58,7 @@ def of_exact(name: str, count: int, pilot: int, n: int, kind: str, evaluations: 
     problem, sigmas = cells.PROBLEMS[name](), cells.karras(PILOT_STEPS)
     x = starts((count, len(problem.mean)), sigmas[0].item(), pilot)
     allowed = {"evaluations": evaluations} if evaluations else {}
-    model = lambda x, sigma: problem.denoise(x, sigma[0].item())  # noqa: E731
-    return calibrate_plan(model, x, n, sigmas, noise_scaler=kind, disable=True, **allowed)
+    return calibrate_plan(as_model(problem.denoise), x, n, sigmas, noise_scaler=kind, disable=True, **allowed)
 
 
 def measure_exact(name: str, count: int, pilot: int, n: int, kind: str, seed: int, evaluations: int | None = None) -> dict:

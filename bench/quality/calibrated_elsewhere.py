@@ -30,8 +30,9 @@ from ersde_fast import Plan, calibrate_plan, er_sde_plan, place_sigmas
 from ersde_fast.schedules import flow_sigmas, karras_sigmas
 from flows import as_flow, top_of
 from guidance import EXACT, PLACED, sigmas_of
-from problems import Mixture, data_std, digits_mixture
+from problems import Mixture, as_model, data_std, digits_mixture
 from samplers import limit_of, ours, under_guidance
+from trained import guided
 
 RESULTS, LIMIT_STEPS = 100, 120  # of a cell of single results, and of what they are compared with
 STARTS = 32
@@ -112,10 +113,6 @@ def mixture_as_flow() -> Mixture:
     return of
 
 
-def model_of(problem):
-    return lambda x, sigma: problem.denoise(x, sigma[0].item())
-
-
 def uncalibrated(problem, kind: str, **process):
     """`UNCALIBRATED`, of a flow too."""
     return ours(max_stage=3, method="newton", node_scale=10 * data_std(problem), noise_scaler=kind, **process)
@@ -125,7 +122,7 @@ def uncalibrated(problem, kind: str, **process):
 def placed_flow(n: int) -> Tensor:
     x = torch.randn(500, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     pilot = flow_sigmas(cells.PILOT_STEPS, SHIFT)
-    return place_sigmas(model_of(mixture_as_flow()), x, pilot, n, process="flow", disable=True)
+    return place_sigmas(as_model(mixture_as_flow().denoise), x, pilot, n, process="flow", disable=True)
 
 
 def measure_flow(n: int, kind: str, levels) -> dict:
@@ -135,7 +132,7 @@ def measure_flow(n: int, kind: str, levels) -> dict:
 
 def measure_calibrated_flow(pilot: int, n: int, kind: str) -> dict:
     of, x, sigmas = mixture_as_flow(), starts((16, 64), 1.0, pilot), flow_sigmas(PILOT_STEPS, SHIFT)
-    plan = calibrate_plan(model_of(of), x, n, sigmas, noise_scaler=kind, process="flow", disable=True)
+    plan = calibrate_plan(as_model(of.denoise), x, n, sigmas, noise_scaler=kind, process="flow", disable=True)
     return cells.measure(of, run_of(plan), n, 0, cells.SAMPLES, lambda _: plan.sigmas)
 
 
@@ -168,7 +165,7 @@ def noised(count: int, sigma: float, seed: int) -> Tensor:
 def measure_middle(i: int, pilot: int) -> dict:
     """A cell has all four: a plan cut, the analytic one of its levels, one calibrated from there, and placed levels."""
     problem, whole, n = digits_mixture(), of_exact("mixture", 16, pilot, WHOLE, "ode"), WHOLE - i
-    model, top = model_of(problem), whole.sigmas[i].item()
+    model, top = as_model(problem.denoise), whole.sigmas[i].item()
     levels = functools.partial(karras_sigmas, sigma_min=cells.ENDS[0], sigma_max=top)
     x = noised(RESULTS, top, 1000)
     many = limit_of("ode")(problem.denoise, x, levels(LIMIT_STEPS), None)
@@ -222,12 +219,7 @@ class Use(NamedTuple):
     dtype: torch.dtype = torch.float32
 
     def denoise(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        net = digits_in(self.dtype, x.device)
-        told = net.denoised(x.to(self.dtype), sigma[0], labels).to(x.dtype)
-        if self.guidance == 1:
-            return told
-        untold = net.denoised(x.to(self.dtype), sigma[0], None).to(x.dtype)
-        return untold + self.guidance * (told - untold)
+        return guided(digits_in(self.dtype, x.device), labels, self.guidance)(x.to(self.dtype), sigma[0]).to(x.dtype)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from ersde_fast import place_sigmas
 from ersde_fast.schedules import karras_sigmas
 from problems import (
+    as_model,
     data_std,
     digits_mixture,
     digits_themselves,
@@ -40,7 +41,7 @@ def placed(problem_name: str, n: int) -> torch.Tensor:
     """Levels by the local error on an exact problem, of a pilot of 500 samples."""
     problem, pilot = PROBLEMS[problem_name](), karras(PILOT_STEPS)
     x = pilot[0] * torch.randn(500, len(problem.mean), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    return place_sigmas(lambda x, sigma: problem.denoise(x, sigma[0].item()), x, pilot, n, disable=True)
+    return place_sigmas(as_model(problem.denoise), x, pilot, n, disable=True)
 
 
 def as_flow_spaces(n: int, low: float, high: float, shift: float) -> torch.Tensor:

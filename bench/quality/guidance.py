@@ -10,7 +10,7 @@ from torch import Tensor
 from cells import as_flow_spaces, even_in_log_snr, steps_of
 from ersde_fast import place_sigmas
 from ersde_fast.schedules import karras_sigmas
-from problems import Guided, Moments, digits_mixture
+from problems import Guided, Moments, as_model, digits_mixture
 from samplers import KINDS, kind_of, limit_of, under_guidance
 
 GUIDANCE = (1.0, 2.5, 5.0, 7.5)
@@ -51,7 +51,7 @@ class GuidedMixture:
 
     def placed(self, pilot: Tensor, num_steps: int) -> Tensor:
         x = pilot[0] * torch.randn(500, 64, generator=torch.Generator().manual_seed(7))
-        return place_sigmas(lambda x, sigma: self.denoise(x, sigma[0].item()), x, pilot, num_steps, disable=True)
+        return place_sigmas(as_model(self.denoise), x, pilot, num_steps, disable=True)
 
     def run(self, run, sigmas: Tensor, seed: int, denoise=None) -> Tensor:
         g = torch.Generator().manual_seed(1000 + seed)

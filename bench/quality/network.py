@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ersde_fast import place_sigmas
 from features import EfficientNet, kernel_distance, load_features
-from problems import Moments
+from problems import Moments, as_model
 from samplers import ours
 from trained import load
 
@@ -86,7 +86,7 @@ class Network:
         """Levels by the local error on the network, of a pilot run."""
         g = torch.Generator(self.device).manual_seed(7)
         x = pilot[0].item() * torch.randn(self.samples, *self.shape, device=self.device, generator=g)
-        return place_sigmas(lambda x, sigma: self.denoise(x, sigma[0].item()), x, pilot, num_steps, disable=True)
+        return place_sigmas(as_model(self.denoise), x, pilot, num_steps, disable=True)
 
     def run(self, run, sigmas: Tensor, seed: int, denoise=None) -> Tensor:
         g = torch.Generator(self.device).manual_seed(1000 + seed)

@@ -12,7 +12,7 @@ import guidance
 import page_elsewhere
 import regret
 from samplers import AT_THE_END, BY_LEVEL, KINDS, RIVALS, SCALER_FAMILIES, SCALERS, STOCHASTIC, contenders, under_guidance
-from written import markdown, number, over_pilots, over_seeds, plain
+from written import markdown, number, over_pilots, over_seeds, plain, with_spread
 
 OURS = "newton 3, c = 10 std"
 PUBLISHED = "published, order 3"
@@ -374,10 +374,7 @@ def calibration_guided(results: dict, name: str, scales: tuple) -> str:
                 told = [plain(cell[0]) if (cell := over_seeds(results, levels, sampler, n)) else "" for levels in at]
                 made = over_pilots(results, f"{of}, 64 starts", kind, n)
                 best = best_rival(results, at[:1], n)
-                spread = f" ({plain(made[1])})" if made and made[1] > 0 else ""  # of one pilot there is none
-                rows.append(
-                    [f"{scale:g}, `{kind}`", str(n), plain(limit[0]), best, *told, f"{plain(made[0])}{spread}" if made else ""]
-                )
+                rows.append([f"{scale:g}, `{kind}`", str(n), plain(limit[0]), best, *told, with_spread(made)])
     titles = [
         "guidance, scaler",
         "evaluations",
@@ -410,17 +407,12 @@ def calibration_pairs(results: dict) -> str:
     rows = []
     for name, n in itertools.product(calibrated.PAIRED, calibrated.FEW):
         of = f"{name}, in pairs"
-        at = [
-            over_seeds(results, f"{of}{levels}", cells.OF_ODE, n, what)
-            for what in ("frechet", "median")
-            for levels in ("", ", placed")
-        ]
-        made = [
-            over_pilots(results, f"{of}, {calibrated.NETWORK_STARTS[name][0]} starts", "ode", n, what=what, seeds=(0,))
-            for what in ("frechet", "median")
-        ]
-        row = [*at[:2], made[0], *at[2:], made[1]]
-        rows.append([name, str(n), *(f"{plain(c[0])} ({plain(c[1])})" if c in made else plain(c[0]) for c in row)])
+        starts = f"{of}, {calibrated.NETWORK_STARTS[name][0]} starts"
+        row = [name, str(n)]
+        for what in ("frechet", "median"):
+            row += [plain(over_seeds(results, f"{of}{levels}", cells.OF_ODE, n, what)[0]) for levels in ("", ", placed")]
+            row.append(with_spread(over_pilots(results, starts, "ode", n, what=what)))
+        rows.append(row)
     each = ["Karras", "placed", "calibrated"]
     return markdown(["", "evaluations", *(f"{what}, {on}" for what in ("Frechet", "median") for on in each)], rows)
 

@@ -8,7 +8,7 @@ import cells
 import guidance
 from calibrated import FEW, KINDS, UNCALIBRATED
 from calibrated_elsewhere import SCALES, TOLD, other_classes
-from written import markdown, number, over_pilots, over_seeds
+from written import markdown, number, over_pilots, over_seeds, with_spread
 
 Cell = tuple[float, float] | None
 
@@ -18,11 +18,7 @@ def power(value: float) -> str:
 
 
 def small(cell: Cell) -> str:
-    """Mean and half the range, the latter where there are pilots."""
-    if cell is None:
-        return ""
-    mean, spread = cell
-    return power(mean) + (f" ({power(spread)})" if spread else "")
+    return with_spread(cell, power)
 
 
 def distance(cell: Cell) -> str:

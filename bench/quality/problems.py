@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def as_model(denoise):
+    """`denoise(x, number)` as the `model(x, sigma)` of samplers, sigma [batch]."""
+    return lambda x, sigma: denoise(x, sigma[0].item())
+
+
 class Mixture:
     """A mixture of Gaussians with full covariances.
 

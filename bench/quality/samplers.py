@@ -16,6 +16,7 @@ import torch
 from diffusers import DDIMScheduler, SASolverScheduler, UniPCMultistepScheduler
 
 from ersde_fast import sample_er_sde
+from problems import as_model
 
 
 @functools.cache
@@ -45,7 +46,7 @@ def as_k_diffusion(function, evaluations=1, **arguments):
         takes_noise = "noise_sampler" in inspect.signature(function).parameters
         drawn = {"noise_sampler": draw} if takes_noise else {}
         with mock.patch("torch.randn_like", draw):  # what those without the argument draw with
-            return function(lambda x, sigma: denoise(x, sigma[0].item()), x, sigmas, disable=True, **drawn, **arguments)
+            return function(as_model(denoise), x, sigmas, disable=True, **drawn, **arguments)
 
     run.evaluations = evaluations
     return run

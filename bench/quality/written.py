@@ -1,6 +1,7 @@
 """How the pages' tables are written: cells over seeds and pilots, numbers, Markdown."""
 
 import statistics
+from collections.abc import Callable, Iterable
 
 import calibrated
 import cells
@@ -11,8 +12,7 @@ def over_seeds(
 ) -> tuple[float, float] | None:
     """Mean and spread (largest less smallest, halved) of a cell over its seeds; None where it was not measured."""
     found = (results.get(f"{problem} | {sampler} | {evaluations} | {seed}", {}).get(what) for seed in seeds)
-    values = [value for value in found if value is not None]
-    return (statistics.mean(values), (max(values) - min(values)) / 2) if values else None
+    return _over(found)
 
 
 def over_pilots(
@@ -20,7 +20,10 @@ def over_pilots(
 ) -> tuple[float, float] | None:
     """Mean and spread of a cell of calibrated plans over pilots and seeds."""
     names = [calibrated.name_of(pilot, kind, evaluations) for pilot in calibrated.PILOTS]
-    found = [results.get(f"{problem} | {name} | {n} | {seed}", {}).get(what) for name in names for seed in seeds]
+    return _over(results.get(f"{problem} | {name} | {n} | {seed}", {}).get(what) for name in names for seed in seeds)
+
+
+def _over(found: Iterable[float | None]) -> tuple[float, float] | None:
     values = [value for value in found if value is not None]
     return (statistics.mean(values), (max(values) - min(values)) / 2) if values else None
 
@@ -42,3 +45,8 @@ def markdown(titles: list[str], rows: list[list[str]]) -> str:
 def plain(value: float | None) -> str:
     """Three digits."""
     return "" if value is None else f"{value:.3g}" if value < 1000 else "diverges"
+
+
+def with_spread(cell: tuple[float, float] | None, written: Callable[[float], str] = plain) -> str:
+    """The mean and, in brackets, the spread if there is one."""
+    return "" if cell is None else written(cell[0]) + (f" ({written(cell[1])})" if cell[1] else "")
